@@ -1,0 +1,291 @@
+"""The run file as frozen dataclasses: what can be said about a model's life, and nothing twice.
+
+A docstring under a field is its help text, its comment in `muster init` files and its
+description in the JSON Schema. Checks that need one section live on that section; checks
+that need files, a tokenizer or a machine live where those are known. This module
+knows no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from muster.config.units import Every, Fraction, Interval, Seconds, Tokens
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, populate_by_name=True)
+
+Positive = Annotated[int, Field(ge=1, strict=True)]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Model:
+    """What is trained: a new model (`family` and sizes, or a `preset`), or an existing one (`from`)."""
+
+    family: Family | None = None
+    """Architecture of a new model: llama, mistral, qwen2, qwen3 or gpt2."""
+    preset: str | None = None
+    """A published size by name, e.g. llama-3-8b; sizes written beside it override the preset's."""
+    from_: Annotated[str | None, Field(alias="from")] = None
+    """Folder in Hugging Face layout to start from (its weights are loaded)."""
+    layers: Positive | None = None
+    """Number of transformer blocks."""
+    width: Positive | None = None
+    """Embedding width E."""
+    heads: Positive | None = None
+    """Attention heads H; must divide `width`."""
+    kv_heads: Positive | None = None
+    """Key/value heads K (grouped-query attention); must divide `heads`. Default: `heads`."""
+    ffn: Positive | None = None
+    """Hidden width F of the feed-forward block. Default: 8/3 x width, rounded up to 64 (gpt2: 4 x width)."""
+    context: Positive | None = None
+    """Longest sequence, in tokens."""
+    tied: bool | None = None
+    """Use the embedding matrix as the output head. Default: the family's habit."""
+    rope_theta: Annotated[float, Field(gt=0)] | None = None
+    """Base of the rotary position frequencies. Default: the family's."""
+    window: Positive | None = None
+    """Sliding attention window in tokens (mistral). Default: none."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        origins = [name for name in ("family", "preset", "from_") if getattr(self, name) is not None]
+        if len(origins) != 1:
+            said = " and ".join(name.rstrip("_") for name in origins) or "none of them"
+            raise ValueError(f"needs exactly one of family, preset or from, but has {said}")
+        if self.family is not None:
+            missing = [name for name in ("layers", "width", "heads", "context") if getattr(self, name) is None]
+            if missing:
+                raise ValueError(f"a new {self.family} model also needs {', '.join(missing)}")
+        if self.from_ is not None:
+            sizes = ("layers", "width", "heads", "kv_heads", "ffn", "tied", "rope_theta", "window")
+            said_sizes = [name for name in sizes if getattr(self, name) is not None]
+            if said_sizes:
+                raise ValueError(f"'from' fixes the sizes, so {', '.join(said_sizes)} cannot be set")
+        if self.heads is not None:
+            if self.width is not None and self.width % self.heads:
+                near = self.heads * max(round(self.width / self.heads), 1)
+                raise ValueError(
+                    f"heads ({self.heads}) must divide width ({self.width}): nearest legal width is {near}"
+                )
+            if self.kv_heads is not None and self.heads % self.kv_heads:
+                legal = [k for k in range(1, self.heads + 1) if self.heads % k == 0]
+                raise ValueError(
+                    f"kv_heads ({self.kv_heads}) must divide heads ({self.heads}): legal values are {legal}"
+                )
+            if self.width is not None and self.family != "gpt2" and (self.width // self.heads) % 2:
+                raise ValueError(
+                    f"width / heads ({self.width // self.heads}) must be even for rotary positions"
+                )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Source:
+    """One source of text and its share of the training tokens."""
+
+    files: str | list[str] | None = None
+    """Glob(s) of text, source code, .jsonl or .parquet files, relative to the run file; `stdlib:**/*.py`
+    is the running Python's own standard library."""
+    hf: str | None = None
+    """Name of a data set on the Hugging Face hub (needs the 'hf' extra)."""
+    exclude: list[str] = Field(default_factory=list)
+    """Globs of files to leave out."""
+    text: str = "text"
+    """Name of the text field in .jsonl and .parquet records."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the training tokens, relative to the other sources' weights."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        if (self.files is None) == (self.hf is None):
+            raise ValueError("needs exactly one of files or hf")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class TrainTokenizer:
+    """A tokenizer trained on the training documents."""
+
+    train: Literal["bpe"]
+    """bpe: byte-level byte-pair encoding."""
+    vocab: Annotated[int, Field(ge=258, strict=True)]
+    """Vocabulary size, special tokens included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Data:
+    """Where the tokens come from."""
+
+    train: Annotated[list[Source], Field(min_length=1)]
+    """Sources of the training documents."""
+    held_out: Fraction = 0.02
+    """Share of the documents (files, or records of .jsonl and .parquet) kept out of training for
+    evaluation, chosen by a hash of each document's name."""
+    tokenizer: TrainTokenizer | str = "byte"
+    """`{train: bpe, vocab: N}`, the path of a tokenizer.json, or byte. With `model.from`: that folder's."""
+    mask_documents: bool = True
+    """Attention does not cross from one document into the next one packed behind it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Optimizer:
+    """AdamW (Loshchilov & Hutter 2019); weight decay applies to matrices only."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay of matrices."""
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global gradient norm; null for no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Schedule:
+    """The learning rate over the run."""
+
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """cosine, linear, wsd (warm-up, stable, decay) or constant."""
+    warmup: Fraction = 0.02
+    """Share of the steps over which the rate rises from 0 to its peak."""
+    decay: Fraction = 0.2
+    """Share of the steps over which wsd falls at the end."""
+    floor: Fraction = 0.1
+    """Rate at the end, as a share of the peak."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Schedule:
+        if self.kind == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(
+                f"warmup ({self.warmup:.0%}) and decay ({self.decay:.0%}) together exceed the run"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Train:
+    """How long, how large a batch, and with which optimizer."""
+
+    tokens: Tokens
+    """Length of the run in tokens; the only place it is stated."""
+    batch_tokens: Tokens
+    """Tokens of one optimizer step over all ranks; the only place the batch is stated."""
+    sequence: Tokens | None = None
+    """Tokens of one sample. Default: the model's context."""
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    schedule: Schedule = Field(default_factory=Schedule)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: bf16 compute with fp32 master weights and optimizer state; fp32: everything in fp32."""
+    eval_every: Interval | None = None
+    """Evaluate on the held-out documents this often (`100 steps`, `5m`); always at the end."""
+    eval_tokens: Tokens = 131_072
+    """Held-out tokens read by one evaluation during training."""
+    log_every: Positive = 10
+    """Steps between two progress lines."""
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Seeds the initial weights and the order of the data."""
+
+    @model_validator(mode="after")
+    def _one_step_at_least(self) -> Train:
+        if self.tokens < self.batch_tokens:
+            raise ValueError(f"tokens ({self.tokens}) must be at least batch_tokens ({self.batch_tokens})")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Layout:
+    """How the model and the batch are spread over ranks; their number is replicate x shard."""
+
+    replicate: Positive = 1
+    """Ranks that hold whole copies (data parallel)."""
+    shard: Positive = 1
+    """Ranks over which ZeRO shards its state (data parallel as well)."""
+    zero: Literal[0, 1, 2, 3] | None = None
+    """What the shard axis divides: 1 optimizer state, 2 also gradients, 3 also parameters (FSDP).
+    Default: 0 when shard is 1, else 1."""
+    recompute: Literal["none", "full"] = "none"
+    """full: recompute each block's activations in the backward pass instead of keeping them."""
+    microbatch: Positive | None = None
+    """Sequences of one forward pass on one rank. Default: chosen, and printed with its reason."""
+
+    @model_validator(mode="after")
+    def _zero_fits(self) -> Layout:
+        if self.zero == 0 and self.shard > 1:
+            raise ValueError(f"zero: 0 shards nothing, so write replicate: {self.shard} instead of shard")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Checkpoint:
+    """When state is saved and how much of it is kept."""
+
+    every: Interval = Field(default_factory=lambda: Every(seconds=120.0))
+    """Interval between checkpoints (`2m`, `100 steps`); one is always written at the end."""
+    keep: Positive = 3
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Parity:
+    """How far an export's numbers may be from ours."""
+
+    max_logit_diff: Annotated[float, Field(gt=0)] = 1e-3
+    """Largest absolute logit difference, both sides computed in fp32."""
+    top1: Fraction = 0.99
+    """Least share of positions whose most likely token agrees."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Export:
+    """What `muster export` writes and how it is checked."""
+
+    dtype: Literal["bf16", "fp32"] | None = None
+    """Data type of the exported weights. Default: the training precision."""
+    parity: Parity = Field(default_factory=Parity)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Serve:
+    """How `muster serve` answers."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int, Field(ge=0, le=65535, strict=True)] = 8000
+    """Port to listen on; 0 takes a free one."""
+    streams: Positive = 8
+    """Sequences generated at the same time; further requests wait."""
+    timeout: Seconds = 300.0
+    """Longest time one request may take."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Run:
+    """A run file: one model's whole life."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run and of its folder."""
+    model: Model
+    data: Data
+    train: Train
+    layout: Layout | Literal["auto"] = "auto"
+    """auto, or the degrees: {shard: 2, zero: 3, recompute: full, microbatch: 4}."""
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    export: Export = Field(default_factory=Export)
+    serve: Serve = Field(default_factory=Serve)
+    track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    """Also send metrics there (needs the 'track' extra)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved run as plain data, defaults included; `load` reads it back to an equal run."""
+        from pydantic import TypeAdapter
+
+        plain: dict[str, Any] = TypeAdapter(Run).dump_python(self, mode="json", by_alias=True)
+        return plain

@@ -10,14 +10,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 from muster.config.units import Every, Fraction, Interval, Seconds, Tokens
 
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, populate_by_name=True)
+_STRICT = ConfigDict(
+    extra="forbid", use_attribute_docstrings=True, populate_by_name=True, allow_inf_nan=False
+)
 
-Positive = Annotated[int, Field(ge=1, strict=True)]
+# A union is told apart by its shape alone, so that a fault is reported for the branch that was meant.
+_SectionOrWord = Discriminator(lambda value: "<word>" if isinstance(value, str) else "<section>")
+_ListOrText = Discriminator(lambda value: "<list>" if isinstance(value, list) else "<text>")
+BRANCHES = frozenset({"<section>", "<word>", "<list>", "<text>"})
+"""Names of the branches; they occur in the paths of validation errors, but not in the file."""
+
+Number = Annotated[float, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
 
 
@@ -43,9 +53,9 @@ class Model:
     """Hidden width F of the feed-forward block. Default: 8/3 x width, rounded up to 64 (gpt2: 4 x width)."""
     context: Positive | None = None
     """Longest sequence, in tokens."""
-    tied: bool | None = None
+    tied: Flag | None = None
     """Use the embedding matrix as the output head. Default: the family's habit."""
-    rope_theta: Annotated[float, Field(gt=0)] | None = None
+    rope_theta: Annotated[Number, Field(gt=0)] | None = None
     """Base of the rotary position frequencies. Default: the family's."""
     window: Positive | None = None
     """Sliding attention window in tokens (mistral). Default: none."""
@@ -57,7 +67,9 @@ class Model:
             said = " and ".join(name.rstrip("_") for name in origins) or "none of them"
             raise ValueError(f"needs exactly one of family, preset or from, but has {said}")
         if self.family is not None:
-            missing = [name for name in ("layers", "width", "heads", "context") if getattr(self, name) is None]
+            missing = [
+                name for name in ("layers", "width", "heads", "context") if getattr(self, name) is None
+            ]
             if missing:
                 raise ValueError(f"a new {self.family} model also needs {', '.join(missing)}")
         if self.from_ is not None:
@@ -87,7 +99,9 @@ class Model:
 class Source:
     """One source of text and its share of the training tokens."""
 
-    files: str | list[str] | None = None
+    files: (
+        Annotated[Annotated[str, Tag("<text>")] | Annotated[list[str], Tag("<list>")], _ListOrText] | None
+    ) = None
     """Glob(s) of text, source code, .jsonl or .parquet files, relative to the run file; `stdlib:**/*.py`
     is the running Python's own standard library."""
     hf: str | None = None
@@ -96,7 +110,7 @@ class Source:
     """Globs of files to leave out."""
     text: str = "text"
     """Name of the text field in .jsonl and .parquet records."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[Number, Field(gt=0)] = 1.0
     """Share of the training tokens, relative to the other sources' weights."""
 
     @model_validator(mode="after")
@@ -125,9 +139,12 @@ class Data:
     held_out: Fraction = 0.02
     """Share of the documents (files, or records of .jsonl and .parquet) kept out of training for
     evaluation, chosen by a hash of each document's name."""
-    tokenizer: TrainTokenizer | str = "byte"
-    """`{train: bpe, vocab: N}`, the path of a tokenizer.json, or byte. With `model.from`: that folder's."""
-    mask_documents: bool = True
+    tokenizer: (
+        Annotated[Annotated[TrainTokenizer, Tag("<section>")] | Annotated[str, Tag("<word>")], _SectionOrWord]
+        | None
+    ) = None
+    """`{train: bpe, vocab: N}`, byte, or the path of a tokenizer.json. Default: that of `model.from`, else byte."""
+    mask_documents: Flag = True
     """Attention does not cross from one document into the next one packed behind it."""
 
 
@@ -136,15 +153,16 @@ class Optimizer:
     """AdamW (Loshchilov & Hutter 2019); weight decay applies to matrices only."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 3e-4
+    """adamw."""
+    lr: Annotated[Number, Field(gt=0)] = 3e-4
     """Peak learning rate."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay of the first and second moment."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Annotated[Number, Field(gt=0)] = 1e-8
     """Added to the denominator."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.1
     """Decoupled weight decay of matrices."""
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    clip: Annotated[Number, Field(gt=0)] | None = 1.0
     """Largest global gradient norm; null for no clipping."""
 
 
@@ -190,7 +208,7 @@ class Train:
     """Held-out tokens read by one evaluation during training."""
     log_every: Positive = 10
     """Steps between two progress lines."""
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
     """Seeds the initial weights and the order of the data."""
 
     @model_validator(mode="after")
@@ -237,7 +255,7 @@ class Checkpoint:
 class Parity:
     """How far an export's numbers may be from ours."""
 
-    max_logit_diff: Annotated[float, Field(gt=0)] = 1e-3
+    max_logit_diff: Annotated[Number, Field(gt=0)] = 1e-3
     """Largest absolute logit difference, both sides computed in fp32."""
     top1: Fraction = 0.99
     """Least share of positions whose most likely token agrees."""
@@ -275,7 +293,9 @@ class Run:
     model: Model
     data: Data
     train: Train
-    layout: Layout | Literal["auto"] = "auto"
+    layout: Annotated[
+        Annotated[Layout, Tag("<section>")] | Annotated[Literal["auto"], Tag("<word>")], _SectionOrWord
+    ] = "auto"
     """auto, or the degrees: {shard: 2, zero: 3, recompute: full, microbatch: 4}."""
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     export: Export = Field(default_factory=Export)
@@ -285,7 +305,5 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved run as plain data, defaults included; `load` reads it back to an equal run."""
-        from pydantic import TypeAdapter
-
         plain: dict[str, Any] = TypeAdapter(Run).dump_python(self, mode="json", by_alias=True)
         return plain

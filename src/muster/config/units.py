@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 _COUNT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_QUANTITY = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z%]*)\s*")
+_SECONDS = {"": 1, "ms": Decimal("0.001"), "s": 1, "m": 60, "h": 3600, "d": 86400}
+_QUANTITY = re.compile(r"\s*([0-9][0-9_]{0,30}(?:\.[0-9]{1,30})?(?:[eE][+-]?[0-9]{1,3})?)\s*([a-zA-Z%]*)\s*")
+_MOST = 10**18
 
 
-def _split(value: object, example: str) -> tuple[float, str]:
+def _split(value: object, example: str) -> tuple[Decimal, str]:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"should be a quantity such as {example}")
     match = _QUANTITY.fullmatch(str(value))
     if match is None:
         raise ValueError(f"should be a quantity such as {example}")
-    return float(match[1].replace("_", "")), match[2]
+    number = Decimal(match[1].replace("_", ""))
+    if number > _MOST:
+        raise ValueError(f"should be at most {_MOST:.0e}")
+    return number, match[2]
 
 
 def parse_count(value: object) -> int:
@@ -28,9 +33,11 @@ def parse_count(value: object) -> int:
     if unit.lower() not in _COUNT:
         raise ValueError(f"unknown unit '{unit}': use k, M, B, T or Ki, Mi, Gi")
     count = number * _COUNT[unit.lower()]
-    if abs(count - round(count)) > 1e-6 * max(count, 1.0):
-        raise ValueError(f"should be a whole number, but is {count:g}")
-    return round(count)
+    if count > _MOST:
+        raise ValueError(f"should be at most {_MOST:.0e}")
+    if count % 1:
+        raise ValueError(f"should be a whole number, but is {count:.15g}")
+    return int(count)
 
 
 def parse_seconds(value: object) -> float:
@@ -38,7 +45,7 @@ def parse_seconds(value: object) -> float:
     number, unit = _split(value, "30s, 2m or 1h")
     if unit.lower() not in _SECONDS:
         raise ValueError(f"unknown unit '{unit}': use ms, s, m, h or d")
-    return number * _SECONDS[unit.lower()]
+    return float(number * _SECONDS[unit.lower()])
 
 
 def parse_fraction(value: object) -> float:
@@ -46,9 +53,9 @@ def parse_fraction(value: object) -> float:
     number, unit = _split(value, "2% or 0.02")
     if unit not in ("", "%"):
         raise ValueError(f"unknown unit '{unit}': use % or a number from 0 to 1")
-    fraction = number / 100 if unit == "%" else number
+    fraction = float(number / 100 if unit == "%" else number)
     if not 0 <= fraction <= 1:
-        raise ValueError(f"should lie between 0% and 100%, but is {fraction:.4g}")
+        raise ValueError(f"should lie between 0% and 100%, but is {fraction * 100:.4g}%")
     return fraction
 
 
@@ -60,18 +67,23 @@ class Every:
     seconds: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.steps} steps" if self.steps is not None else f"{self.seconds:g}s"
+        return f"{self.steps} steps" if self.steps is not None else f"{self.seconds:.15g}s"
 
 
 def parse_every(value: object) -> Every:
     """`100 steps` -> Every(steps=100), `2m` -> Every(seconds=120.0)."""
     if isinstance(value, Every):
         return value
-    number, unit = _split(value, "2m, 30s or 100 steps")
-    if unit in ("step", "steps"):
-        return Every(steps=max(parse_count(number), 1))
+    example = "2m, 30s or 100 steps"
+    number, unit = _split(value, example)
     if unit == "":
-        raise ValueError("should say its unit: for example 2m, 30s or 100 steps")
+        raise ValueError(f"should say its unit: for example {example}")
+    if not number:
+        raise ValueError("should be more than 0")
+    if unit in ("step", "steps"):
+        return Every(steps=parse_count(str(number)))
+    if unit.lower() not in _SECONDS:
+        raise ValueError(f"unknown unit '{unit}': use ms, s, m, h, d or steps")
     return Every(seconds=parse_seconds(value))
 
 
@@ -80,7 +92,10 @@ def _quantity(kind: str, pattern: str) -> WithJsonSchema:
 
 
 Tokens = Annotated[
-    int, BeforeValidator(parse_count), Field(ge=1), _quantity("integer", r"^[0-9._]+ ?([kKmMbBtT]|[kKmMgG]i)?$")
+    int,
+    BeforeValidator(parse_count),
+    Field(ge=1),
+    _quantity("integer", r"^[0-9._]+([eE][0-9]+)? ?([kKmMbBtT]|[kKmMgG]i)?$"),
 ]
 Seconds = Annotated[
     float, BeforeValidator(parse_seconds), Field(gt=0), _quantity("number", r"^[0-9._]+ ?(ms|s|m|h|d)?$")

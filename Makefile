@@ -1,0 +1,46 @@
+# The two commands: `make demo` and `make test`. Both set themselves up; see CONTRIBUTING.md for the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test setup test-long bench lint types readme lock clean
+
+demo: setup
+	$(BIN)/python recipes/demo.py
+
+test: setup lint types
+	$(BIN)/python -m pytest
+
+test-long: setup
+	$(BIN)/python -m pytest -m "long or not long"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/train_cpu.py --json benchmarks/results/train_cpu.json
+	$(BIN)/python benchmarks/tokenize.py --json benchmarks/results/tokenize.json
+
+readme: setup
+	$(BIN)/python scripts/readme.py
+
+setup: $(STAMP)
+
+# torch first and alone, so that nothing else decides which build of it is taken; then what constraints.txt pins.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "muster needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $(STAMP)
+
+lock: setup
+	$(BIN)/python scripts/lock.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,77 @@
+"""`muster serve`: an OpenAI-compatible HTTP server for one model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from muster.errors import MissingExtra, UsageError
+
+
+def serve(
+    path: Path,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    streams: int | None = None,
+    context: int | None = None,
+    dtype: Literal["bf16", "fp32"] = "bf16",
+) -> None:
+    """Serve a model over HTTP, with the completions and chat API of OpenAI.
+
+    Stops cleanly on Ctrl-C or SIGTERM.
+
+    Parameters
+    ----------
+    path
+        A run folder (its export is served), or a folder in Hugging Face layout.
+    host
+        Address to listen on; loopback only, as there is no authentication yet.
+    port
+        Port to listen on; 0 takes a free one. Default: the run file's, else 8000.
+    streams
+        Sequences generated at the same time; further requests wait. Default: the run file's, else 8.
+    context
+        Longest sequence in tokens, prompt and completion together. Default: the model's.
+    dtype
+        Precision of weights and cache; bf16 is the fast one.
+    """
+    if streams is not None and streams < 1:
+        raise UsageError(f"--streams {streams} should be at least 1")
+    if context is not None and context < 2:
+        raise UsageError(f"--context {context} should be at least 2: a prompt token and a completion token")
+    try:
+        from muster.serve.http import build_app
+        from muster.serve.server import Server, bind, url_of
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("muster"):
+            raise
+        raise MissingExtra("muster serve", "serve") from None
+    from muster.observe.format import count
+    from muster.serve.folders import find_folder, serve_section
+    from muster.serve.limits import Limits
+
+    folder, _ = find_folder(path)
+    section = serve_section(folder)
+    # The port first: a taken one is known before minutes of loading.
+    with bind(host or section.host, section.port if port is None else port) as sock:
+        from muster.serve.opening import open_model
+
+        model = open_model(folder, dtype=dtype, streams=streams or section.streams, context_tokens=context)
+        limits = Limits(context_tokens=model.context_tokens, request_s=section.timeout)
+        app = build_app(model.engine, model.codec, model.model_id, limits)
+
+        def announce() -> None:
+            facts = (
+                f"{count(model.parameters)} parameters, {model.dtype}, "
+                f"context {model.context_tokens}, {model.streams} streams"
+            )
+            sys.stdout.write(f"threads {model.threads}: {model.threads_reason}\n")
+            sys.stdout.write(f"serving {model.model_id} on {url_of(sock)}  ({facts})\n")
+            sys.stdout.flush()
+
+        try:
+            Server(app, limits, on_ready=announce).serve_on(sock)
+        finally:
+            model.engine.close()

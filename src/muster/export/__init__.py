@@ -1,0 +1,1 @@
+"""Trained weights to artifacts that other programs load, each checked against our own numbers first."""

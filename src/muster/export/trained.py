@@ -1,0 +1,47 @@
+"""What a run has trained so far: the model and tokenizer of its newest sound checkpoint, in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from muster.checkpoint import shelf
+from muster.checkpoint.manifest import Manifest
+from muster.checkpoint.state import WEIGHTS, read_shards
+from muster.data.tokenizer import Tokenizer
+from muster.errors import CheckpointError
+from muster.model.spec import RopeScaling, TransformerSpec
+from muster.model.transformer import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    model: Transformer
+    """In fp32, as it was trained."""
+    tokenizer: Tokenizer
+    checkpoint: Path
+    manifest: Manifest
+    damaged: list[str]
+    """What is wrong with newer checkpoints, one sentence each."""
+
+
+def load_trained(run_folder: Path) -> Trained:
+    """The model of a run, whatever layout it was trained on; CheckpointError where it has no checkpoint."""
+    damaged: list[str] = []
+    found = shelf.newest_sound(run_folder / "checkpoints", on_damaged=damaged.append)
+    if found is None:
+        raise CheckpointError(f"{run_folder} has no checkpoint yet: `muster train` writes them")
+    checkpoint, content = found
+    with torch.device("meta"):
+        model = Transformer(_spec(content.model))
+    model = model.to_empty(device="cpu").eval()
+    read_shards({WEIGHTS + name: parameter.data for name, parameter in model.named_parameters()}, checkpoint)
+    return Trained(model, Tokenizer.from_file(run_folder / "tokenizer"), checkpoint, content, damaged)
+
+
+def _spec(plain: dict[str, Any]) -> TransformerSpec:
+    scaling = plain["rope_scaling"]
+    return TransformerSpec(**(plain | {"rope_scaling": None if scaling is None else RopeScaling(**scaling)}))

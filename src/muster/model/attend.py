@@ -1,0 +1,54 @@
+"""softmax(q k^T / sqrt(D)) v under a causal mask, a sliding window and document borders: which kernel runs.
+
+    GPU                                  scaled_dot_product_attention (flash where no mask is needed)
+    CPU, training, T <= 2048             blocks of plain matrix products (`blocked.py`)
+    CPU otherwise, cached decoding       scaled_dot_product_attention
+
+Measured on one Zen 4 core at T = 512, D = 64, forward and backward: bf16 18.5 ms in blocks against
+62 ms in scaled_dot_product_attention, fp32 50 against 64 ms.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from muster.model.blocked import BlockedAttention
+
+_BLOCKED_MAX_TOKENS = 2048
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """Causal self-attention of q (B, H, T, D) over k, v (B, K, T, D); returns (B, H, T, D).
+
+    documents (B, T): a query sees only keys of its own document. window: only the last `window` keys.
+    """
+    T = q.shape[2]
+    if window is not None and window >= T:
+        window = None
+    if q.device.type == "cpu" and T <= _BLOCKED_MAX_TOKENS and torch.is_grad_enabled():
+        out: Tensor = BlockedAttention.apply(q, k, v, documents, window)  # type: ignore[no-untyped-call]
+        return out
+    if documents is None and window is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    position = torch.arange(T, device=q.device)
+    seen = visible(position, position, window)[None]  # (1, T, T)
+    if documents is not None:
+        seen = seen & (documents[:, :, None] == documents[:, None, :])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=True)
+
+
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, window: int | None = None) -> Tensor:
+    """Attention of new tokens q (B, H, T, D) at `positions` (B, T) over cached k, v (B, K, S, D)."""
+    seen = visible(positions, torch.arange(k.shape[2], device=q.device), window)  # (B, T, S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=True)
+
+
+def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which keys (S,) each query (..., T) may see, by position: (..., T, S) booleans."""
+    distance = queries[..., :, None] - keys
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)

@@ -1,0 +1,253 @@
+"""Folders in Hugging Face layout to a model and back: config.json, and safetensors in one file or several.
+
+Pickled weights are refused: loading them could run anything. The tokenizer's files are the data room's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from muster.errors import UsageError
+from muster.model.families import FAMILIES, Foreign, config_of, spec_of
+from muster.model.spec import TransformerSpec
+from muster.model.staging import staged
+from muster.model.transformer import Transformer, Value, materialize
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_HEAD = "lm_head.weight"
+
+
+def read_spec(folder: Path) -> TransformerSpec:
+    """The specification of the model in `folder`."""
+    config = _read_json(folder / "config.json", "a folder in Hugging Face layout has one")
+    try:
+        return spec_of(config)
+    except UsageError as error:
+        raise UsageError(f"{folder / 'config.json'}: {error}") from None
+
+
+def open_weights(folder: Path) -> Value:
+    """Reads parameters of the model in `folder` one at a time, by our names, in fp32.
+
+    Missing, surplus and misshapen tensors are UsageErrors that name them; the first two come at once.
+    """
+    spec = read_spec(folder)
+    files = _files_of(folder)
+    foreign = FAMILIES[spec.family].tensors(spec)
+    stored = _stored_names(folder, files, spec)
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        source = stored[foreign[name].name]
+        tensor = _import(_read(files[source], source), foreign[name])
+        if tensor.shape != shape:
+            raise UsageError(
+                f"{files[source]}: '{source}' gives {name} the shape {tuple(tensor.shape)}, but config.json "
+                f"asks for {tuple(shape)}: they do not belong together"
+            )
+        return tensor.float()
+
+    return value
+
+
+def load_folder(
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Transformer:
+    """The model in `folder`; one tensor at a time, so that memory holds the model once."""
+    return materialize(read_spec(folder), open_weights(folder), dtype=dtype, device=device)
+
+
+def save_folder(
+    weights: Mapping[str, Tensor],
+    spec: TransformerSpec,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    bos_id: int,
+    eos_id: int,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Make `folder`: config.json, generation_config.json, and safetensors of at most `max_shard_bytes` each.
+
+    It appears when it is complete; one that already holds files is refused.
+    """
+    with staged(folder) as draft:
+        write_files(
+            weights, spec, draft, dtype=dtype, bos_id=bos_id, eos_id=eos_id, max_shard_bytes=max_shard_bytes
+        )
+
+
+def write_files(
+    weights: Mapping[str, Tensor],
+    spec: TransformerSpec,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    bos_id: int,
+    eos_id: int,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """What `save_folder` writes, into a folder that somebody else stages."""
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    _write_json(
+        folder / "config.json", config_of(spec) | ids | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    )
+    _write_json(folder / "generation_config.json", ids)
+    groups = list(_shards(weights, spec, dtype, max_shard_bytes))
+    names = [_SINGLE]
+    if len(groups) > 1:
+        names = [
+            f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)
+        ]
+        weight_map = {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group}
+        total_bytes = sum(
+            weights[ours].numel() for group in groups for sources in group.values() for ours in sources
+        )
+        metadata = {"total_size": total_bytes * dtype.itemsize}
+        _write_json(folder / _INDEX, {"metadata": metadata, "weight_map": weight_map})
+    for name, group in zip(names, groups, strict=True):
+        tensors = {theirs: _export(sources, weights, dtype) for theirs, sources in group.items()}
+        _save(tensors, folder / name)
+
+
+def _shards(
+    weights: Mapping[str, Tensor], spec: TransformerSpec, dtype: torch.dtype, max_bytes: int
+) -> Iterator[dict[str, dict[str, Foreign]]]:
+    """Their tensors, with our parameters that make each up, in groups that fit one file."""
+    merged: dict[str, dict[str, Foreign]] = {}
+    for ours, source in FAMILIES[spec.family].tensors(spec).items():
+        merged.setdefault(source.name, {})[ours] = source
+    group: dict[str, dict[str, Foreign]] = {}
+    group_bytes = 0
+    for theirs, sources in merged.items():
+        size = sum(weights[ours].numel() for ours in sources) * dtype.itemsize
+        if group and group_bytes + size > max_bytes:
+            yield group
+            group, group_bytes = {}, 0
+        group[theirs] = sources
+        group_bytes += size
+    yield group
+
+
+def _import(tensor: Tensor, source: Foreign) -> Tensor:
+    index, parts = source.part
+    if tensor.dim() not in (1, 2):
+        return tensor  # misshapen, which the caller reports
+    if source.transposed:
+        tensor = tensor.t()
+    return tensor.chunk(parts, dim=0)[index] if len(tensor) % parts == 0 else tensor
+
+
+def _export(sources: Mapping[str, Foreign], weights: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    ordered = sorted(sources, key=lambda ours: sources[ours].part)
+    tensor = torch.cat([weights[ours].detach().cpu().to(dtype) for ours in ordered], dim=0)
+    transposed = next(iter(sources.values())).transposed
+    return (tensor.t() if transposed else tensor).contiguous()
+
+
+def _stored_names(folder: Path, files: Mapping[str, Path], spec: TransformerSpec) -> dict[str, str]:
+    """What each tensor that the model needs is called in these files; refuses any other set of tensors."""
+    family = FAMILIES[spec.family]
+    foreign = family.tensors(spec)
+    needed = {source.name for source in foreign.values()}
+    found = {name: name if name in files else name.removeprefix(family.optional_prefix) for name in needed}
+    missing = sorted(name for name in needed if found[name] not in files)
+    if missing:
+        raise UsageError(
+            f"{folder} lacks {_named(missing)}, which config.json asks for: it is incomplete, copy it again"
+        )
+    surplus = {name for name in files.keys() - found.values() if not name.endswith(family.buffers)}
+    if spec.tied and _HEAD in surplus:
+        surplus.remove(_HEAD)
+        embedding = found[foreign["embed.weight"].name]
+        if not torch.equal(_read(files[_HEAD], _HEAD), _read(files[embedding], embedding)):
+            raise UsageError(
+                f"{folder}: config.json says tie_word_embeddings, but {_HEAD} differs from {embedding}: "
+                f"set it to false"
+            )
+    if surplus:
+        raise UsageError(
+            f"{folder} also has {_named(sorted(surplus))}, which a {spec.family} model as in its config.json "
+            f"does not have: they do not belong together"
+        )
+    return found
+
+
+def _named(tensors: list[str]) -> str:
+    more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+    return f"tensor '{tensors[0]}'{more}"
+
+
+def _files_of(folder: Path) -> dict[str, Path]:
+    """The file that holds each tensor."""
+    if (folder / _INDEX).exists():
+        weight_map = _read_json(folder / _INDEX, "").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UsageError(f"{folder / _INDEX} has no weight_map of names: copy it again")
+        for name in sorted(set(weight_map.values())):
+            if Path(name).name != name or not (folder / name).is_file():
+                raise UsageError(
+                    f"{folder / _INDEX} names '{name}', which is not in the folder: copy it again"
+                )
+        return {tensor: folder / name for tensor, name in weight_map.items()}
+    single = folder / _SINGLE
+    if not single.is_file():
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        if pickled:
+            raise UsageError(
+                f"{folder} has only {pickled[0]}, which is a pickle and could run anything: convert it to "
+                f"safetensors first"
+            )
+        raise UsageError(f"{folder} has no {_SINGLE}: it is not a model in Hugging Face layout")
+    try:
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{single} cannot be read ({error}): copy it again") from None
+
+
+def _read(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): copy it again") from None
+    return tensor
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # It words a full disk as text only; callers handle OSError.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from None
+
+
+def _read_json(path: Path, hint: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file; {hint}") from None
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} should hold a JSON object")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -1,0 +1,55 @@
+"""Rotary position embeddings (Su et al. 2021), in the half-split convention of the Hugging Face models:
+dimension i is rotated together with dimension i + D/2."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from muster.model.spec import RopeScaling, TransformerSpec
+
+
+@functools.lru_cache(maxsize=8)
+def rotation(spec: TransformerSpec, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (length, D) in fp32 for positions 0..length-1; the halves of D are the same."""
+    # What is made under inference_mode could not be saved for the backward pass of a later caller.
+    with torch.inference_mode(False):
+        cos, sin = rotation_at(spec, torch.arange(length, device="cpu"))
+        return cos.to(device), sin.to(device)
+
+
+def rotation_at(spec: TransformerSpec, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (..., D) in fp32 for any positions (...)."""
+    frequencies = _frequencies(spec).to(positions.device)
+    angles = positions[..., None].float() * frequencies  # (..., D/2)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (..., T, D) by the angles of its positions; cos and sin (..., T, D), computed in fp32."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def _frequencies(spec: TransformerSpec) -> Tensor:
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device="cpu") / spec.head_dim
+    frequencies = 1.0 / spec.rope_theta**exponents  # (D/2,)
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    return _llama3(frequencies, scaling)
+
+
+def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    wavelengths = 2 * math.pi / frequencies
+    low, high = scaling.low_frequency, scaling.high_frequency
+    # 1 keeps a frequency, 0 divides it by the factor, between the two borders it is blended.
+    keep = ((scaling.original_context / wavelengths - low) / (high - low)).clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor

@@ -1,0 +1,79 @@
+"""What a transformer is made of, as plain data, and the figures that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """Stretches rotary frequencies beyond the trained context.
+
+    linear divides every frequency by `factor` (Chen et al. 2023); llama3 divides only those whose
+    wavelength exceeds the original context, with a smooth transition (Llama 3.1, 2024).
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformerSpec:
+    """Shape and options of a decoder-only transformer."""
+
+    family: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    context: int
+    tied: bool
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    positions: Literal["rope", "learned"] = "rope"
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+    """Sliding attention window in tokens: a query sees itself and the window - 1 tokens before it."""
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters that are looked up rather than multiplied with."""
+        learned = self.context * self.width if self.positions == "learned" else 0
+        return learned + (0 if self.tied else self.vocab * self.width)
+
+    def parameters(self) -> int:
+        """Number of parameters; a tied head is counted once."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = self.width * (q + 2 * kv) + q * self.width
+        attention += (
+            (q + 2 * kv) * self.qkv_bias + self.width * self.out_bias + 2 * self.head_dim * self.qk_norm
+        )
+        matrices = 3 if self.mlp == "swiglu" else 2
+        mlp = matrices * self.width * self.ffn + ((matrices - 1) * self.ffn + self.width) * self.mlp_bias
+        norm = self.width * (2 if self.norm == "layer" else 1)
+        table = self.vocab * self.width
+        learned = self.context * self.width if self.positions == "learned" else 0
+        return self.layers * (attention + mlp + 2 * norm) + norm + table * (1 if self.tied else 2) + learned
+
+    def flops_per_token(self, sequence: int) -> float:
+        """Floating-point operations of training on one token: 6 for each multiplied parameter, and causal
+        attention's 6 L T H D (forward and backward, the masked half not counted; Chowdhery et al. 2022).
+        """
+        multiplied = self.parameters() - self.embedding_parameters
+        window = min(self.window or sequence, sequence)
+        # Twice the keys that a query sees on average: T without a window, almost 2 W under a short one.
+        keys = window * (2 - window / sequence)
+        return 6.0 * multiplied + 6.0 * self.layers * keys * self.heads * self.head_dim

@@ -1,0 +1,227 @@
+"""The decoder-only transformer that every family is a case of: plain modules a student could read.
+
+Shapes in comments: B batch, T tokens, H heads, K kv heads, D head dim, E embed, F ffn, V vocab.
+Parameter names are the same on every layout and in every checkpoint. Distribution is applied
+from outside (`parallel/apply.py`); nothing here knows of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muster.model.attend import attend, attend_cached
+from muster.model.cache import CacheRows
+from muster.model.loss import linear_cross_entropy
+from muster.model.rope import rotate, rotation, rotation_at
+from muster.model.spec import TransformerSpec
+
+Rotation = tuple[Tensor, Tensor]
+Value = Callable[[str, torch.Size], Tensor]
+"""A parameter's whole value, by its name and shape."""
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last dim."""
+
+    def __init__(self, spec: TransformerSpec, size: int) -> None:
+        super().__init__()
+        self.eps = spec.norm_eps
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if spec.norm == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention (Ainslie et al. 2023)."""
+
+    def __init__(self, spec: TransformerSpec, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim, self.window = layer, spec.head_dim, spec.window
+        self.q = nn.Linear(spec.width, spec.heads * spec.head_dim, bias=spec.qkv_bias)
+        self.k = nn.Linear(spec.width, spec.kv_heads * spec.head_dim, bias=spec.qkv_bias)
+        self.v = nn.Linear(spec.width, spec.kv_heads * spec.head_dim, bias=spec.qkv_bias)
+        self.o = nn.Linear(spec.heads * spec.head_dim, spec.width, bias=spec.out_bias)
+        self.q_norm = Norm(spec, spec.head_dim) if spec.qk_norm else None
+        self.k_norm = Norm(spec, spec.head_dim) if spec.qk_norm else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        documents: Tensor | None,
+        cache: CacheRows | None,
+        positions: Tensor | None,
+    ) -> Tensor:
+        q = self._heads(self.q(x), self.q_norm, rotation)  # (B, H, T, D)
+        k = self._heads(self.k(x), self.k_norm, rotation)  # (B, K, T, D)
+        v = self._heads(self.v(x), None, None)
+        if cache is None:
+            out = attend(q, k, v, documents=documents, window=self.window)
+        else:
+            assert positions is not None
+            k, v = cache.append(self.layer, k, v)
+            out = attend_cached(q, k, v, positions, window=self.window)
+        projected: Tensor = self.o(out.transpose(1, 2).flatten(2))  # (B, T, H*D) -> (B, T, E)
+        return projected
+
+    def _heads(self, x: Tensor, norm: Norm | None, rotation: Rotation | None) -> Tensor:
+        x = x.view(*x.shape[:-1], -1, self.head_dim)  # (B, T, heads, D)
+        if norm is not None:
+            x = norm(x)
+        x = x.transpose(1, 2)  # (B, heads, T, D)
+        return x if rotation is None else rotate(x, *rotation)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020), or two matrices around tanh-approximated GELU."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.gate = nn.Linear(spec.width, spec.ffn, bias=spec.mlp_bias) if spec.mlp == "swiglu" else None
+        self.up = nn.Linear(spec.width, spec.ffn, bias=spec.mlp_bias)
+        self.down = nn.Linear(spec.ffn, spec.width, bias=spec.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up(x)  # (B, T, F)
+        hidden = F.gelu(up, approximate="tanh") if self.gate is None else F.silu(self.gate(x)) * up
+        out: Tensor = self.down(hidden)
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, spec: TransformerSpec, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = Norm(spec, spec.width)
+        self.attention = Attention(spec, layer)
+        self.mlp_norm = Norm(spec, spec.width)
+        self.mlp = MLP(spec)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        documents: Tensor | None,
+        cache: CacheRows | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, documents, cache, positions)
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
+
+
+class Transformer(nn.Module):
+    """Token ids to logits, or to a summed loss."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed = nn.Embedding(spec.vocab, spec.width)
+        self.positions = nn.Embedding(spec.context, spec.width) if spec.positions == "learned" else None
+        self.layers = nn.ModuleDict({str(layer): Block(spec, layer) for layer in range(spec.layers)})
+        self.norm = Norm(spec, spec.width)
+        self.head = None if spec.tied else nn.Linear(spec.width, spec.vocab, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        documents: Tensor | None = None,
+        cache: CacheRows | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) for tokens (B, T); with targets (B, T) the summed cross entropy, fp32.
+
+        documents (B, T) int: non-decreasing ids along a row; attention stays within one. Targets of -100
+        are not scored. With a cache, each row's tokens continue the sequence in its slot.
+        """
+        length = tokens.shape[1]
+        positions = None
+        if cache is not None:
+            positions = cache.starts[:, None] + torch.arange(length, device=tokens.device)  # (B, T)
+        elif documents is not None and self.positions is not None:
+            positions = _positions_in_document(documents)
+        x = self.embed(tokens)  # (B, T, E)
+        rotation = None
+        if self.positions is not None:
+            x = x + self.positions(
+                torch.arange(length, device=tokens.device) if positions is None else positions
+            )
+        else:
+            rotation = self._rotation(length, positions, tokens.device)
+        for block in self.layers.values():
+            x = block(x, rotation, documents, cache, positions)
+        if cache is not None:
+            cache.advance(length)
+        x = self.norm(x)
+        weight = self.embed.weight if self.head is None else self.head.weight
+        if targets is None:
+            return F.linear(x, weight)
+        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter with its initial value; independent of order and of the other parameters."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(initial_value(name, parameter.shape, self.spec, seed))
+
+    def _rotation(self, length: int, positions: Tensor | None, device: torch.device) -> Rotation:
+        # Rotation depends on distances only, so documents need no positions of their own.
+        if positions is None:
+            return rotation(self.spec, length, device)
+        cos, sin = rotation_at(self.spec, positions)
+        return cos[:, None], sin[:, None]  # (B, 1, T, D)
+
+
+def initial_value(name: str, shape: torch.Size, spec: TransformerSpec, seed: int) -> Tensor:
+    """A parameter's initial value in fp32, from its name and the seed alone, so that any rank can make any.
+
+    GPT-2's scheme (Radford et al. 2019): normal with 0.02, the matrices that write to the residual
+    stream divided by sqrt(2 L).
+    """
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if "norm" in name:
+        return torch.ones(shape)
+    std = 0.02
+    if name.endswith(("attention.o.weight", "mlp.down.weight")):
+        std /= math.sqrt(2 * spec.layers)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def materialize(
+    spec: TransformerSpec,
+    value: Value,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Transformer:
+    """A transformer with given values, asked for one at a time, so that memory holds the model once."""
+    with torch.device("meta"):
+        model = Transformer(spec)
+    model = model.to(dtype).to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(value(name, parameter.shape))
+    return model
+
+
+def _positions_in_document(documents: Tensor) -> Tensor:
+    """Positions (B, T) that start from 0 in each document, for documents (B, T)."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return index - index.where(starts, 0).cummax(dim=1).values

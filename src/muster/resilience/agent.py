@@ -1,0 +1,115 @@
+"""Starts the ranks of one machine through torch's elastic agent: no second launcher to learn.
+
+A rank is `python -m muster <the same arguments>` with RANK set; rank 0 keeps the terminal, the
+others write to `logs/` in the run folder. The first failing rank's error becomes the
+launcher's: its sentence and its exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from muster.errors import MusterError, TrainingError
+
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+_PR_SET_PDEATHSIG = 1
+
+
+class RankFailed(MusterError):
+    """A rank ended with an error; carries its exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def start_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> None:
+    """Run `python -m muster *arguments` as `ranks` processes and wait; RankFailed with the first failure.
+
+    Each rank gets its share of the machine's cores as threads unless OMP_NUM_THREADS is set.
+    """
+    import torch.distributed.launcher.api as launcher
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    os.environ["MUSTER_AGENT"] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", _threads(ranks))
+    logs.mkdir(parents=True, exist_ok=True)
+    quiet = {local_rank: Std.ALL for local_rank in range(1, ranks)}
+    config = launcher.LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=f"muster-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=quiet),
+    )
+    try:
+        launcher.elastic_launch(config, entrypoint=sys.executable)("-m", "muster", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise _explain(rank, failure.exitcode, Path(failure.error_file), logs) from None
+    except launcher.SignalException as received:
+        raise RankFailed(f"stopped by {signal.Signals(received.sigval).name}", 128 + received.sigval) from None
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """In a rank: leave an error where the agent finds it, and end with the error's exit code."""
+    _die_with_agent()
+    try:
+        yield
+    except Exception as error:
+        target = os.environ.get(_ERROR_FILE)
+        if target is None:
+            raise
+        known = isinstance(error, MusterError)
+        report = {
+            "message": str(error) if known else "".join(traceback.format_exception(error)),
+            "exit_code": error.exit_code if isinstance(error, MusterError) else 1,
+        }
+        Path(target).write_text(json.dumps(report))
+        # Straight out: the other ranks may be stuck in a collective that this one will never join.
+        sys.stdout.flush()
+        os._exit(int(report["exit_code"]))
+
+
+def _explain(rank: int, exit_code: int, error_file: Path, logs: Path) -> RankFailed:
+    if exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        return RankFailed(
+            f"rank {rank} was killed by {name}; its log is under {logs}: run the same command again to resume",
+            TrainingError.exit_code,
+        )
+    try:
+        report = json.loads(error_file.read_text())
+        return RankFailed(f"rank {rank}: {report['message']}", report["exit_code"])
+    except (OSError, ValueError, KeyError):
+        return RankFailed(f"rank {rank} ended with exit code {exit_code}; its log is under {logs}", exit_code)
+
+
+def _die_with_agent() -> None:
+    """Ask Linux to end this rank when its agent dies, so that `kill -9` of the agent leaves no orphans."""
+    if not sys.platform.startswith("linux") or "MUSTER_AGENT" not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ["MUSTER_AGENT"]):
+        os._exit(1)  # the agent died before the request was made
+
+
+def _threads(ranks: int) -> str:
+    from muster.parallel.world import usable_cores
+
+    return str(max(usable_cores() // ranks, 1))

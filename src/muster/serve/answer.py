@@ -1,0 +1,197 @@
+"""From a job to an HTTP response, whole or streamed as server-sent events.
+
+Either way the engine stops working for a client that has gone: Starlette cancels only some streaming
+responses by itself, so both kinds race their work against the connection's end here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import orjson
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from muster.serve.detokenize import Decode
+from muster.serve.failures import describe
+from muster.serve.generation import Generation, Piece
+from muster.serve.intake import Job
+from muster.serve.protocol import Engine
+from muster.serve.responses import Json, Outcome, usage
+
+_LOG = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+
+class Answer:
+    """The answer to one job: its sequences are queued on creation, all or none (raises Overloaded)."""
+
+    def __init__(self, job: Job, engine: Engine, decode: Decode, model_id: str, timeout_s: float) -> None:
+        self._job = job
+        self._timeout_s = timeout_s
+        prefix = "chatcmpl" if job.object == "chat.completion" else "cmpl"
+        self._head = {
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model_id,
+        }
+        self._generations: list[Generation] = []
+        try:
+            for request in job.requests:
+                self._generations.append(Generation(engine, decode, request, job.stop))
+        except BaseException:
+            self.close()
+            raise
+        self._outcomes = [Outcome() for _ in self._generations]
+
+    def close(self) -> None:
+        for generation in self._generations:
+            generation.close()
+
+    async def whole(self, receive: Receive) -> Response:
+        """Wait for all choices; raises TimeoutError, EngineError, or ClientDisconnect."""
+        try:
+            await while_connected(receive, self._collect())
+        finally:
+            self.close()
+        choices = [self._job.shape.choice(index, outcome) for index, outcome in enumerate(self._outcomes)]
+        return JSONResponse(
+            {**self._head, "object": self._job.object, "choices": choices, "usage": self._usage()}
+        )
+
+    async def _collect(self) -> None:
+        async with asyncio.timeout(self._timeout_s):
+            async with aclosing(merge(self._generations)) as pieces:
+                async for index, piece in pieces:
+                    self._extend(index, piece)
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """The answer as server-sent events, usage and [DONE] included; a failure becomes an error event."""
+        for index in range(len(self._generations)):
+            opening = self._job.shape.opening(index)
+            if opening is not None:
+                yield self._chunk([opening])
+        try:
+            async with aclosing(merge(self._generations)) as pieces:
+                async for index, piece in pieces:
+                    offset = len(self._outcomes[index].text)
+                    part = self._extend(index, piece)
+                    yield self._chunk([self._job.shape.delta(index, part, offset)])
+        except Exception as error:
+            _LOG.error("a stream failed", exc_info=error)
+            yield event(describe(error))
+            return
+        if self._job.include_usage:
+            yield self._chunk([], usage=self._usage())
+        yield b"data: [DONE]\n\n"
+
+    def _extend(self, index: int, piece: Piece) -> Outcome:
+        outcome = self._outcomes[index]
+        outcome.text += piece.text
+        outcome.tokens.extend(piece.tokens)
+        outcome.generated_tokens = piece.generated_tokens
+        outcome.finish_reason = piece.finish_reason
+        return Outcome(text=piece.text, tokens=list(piece.tokens), finish_reason=piece.finish_reason)
+
+    def _chunk(self, choices: Sequence[Json], **more: Any) -> bytes:
+        kind = self._job.object
+        kind = f"{kind}.chunk" if kind == "chat.completion" else kind
+        return event({**self._head, "object": kind, "choices": choices, **more})
+
+    def _usage(self) -> Json:
+        return usage(self._job.prompt_tokens, sum(outcome.generated_tokens for outcome in self._outcomes))
+
+
+class StreamedAnswer(Response):
+    """Sends an answer's events as they come, until the client leaves or the time is up."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer, timeout_s: float) -> None:
+        self.status_code, self.background = 200, None
+        self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
+        self._answer = answer
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await while_connected(receive, self._send(send))
+        except ClientDisconnect:
+            pass
+        finally:
+            self._answer.close()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                async with aclosing(self._answer.events()) as events:
+                    async for data in events:
+                        await send({"type": "http.response.body", "body": data, "more_body": True})
+        except TimeoutError as error:
+            await send({"type": "http.response.body", "body": event(describe(error)), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def event(content: Json) -> bytes:
+    """One server-sent event with a JSON payload."""
+    return b"data: " + orjson.dumps(content) + b"\n\n"
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Run `work`, cancelled as soon as the client disconnects (raises ClientDisconnect)."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Piece]]:
+    """Pieces of all generations as they come, each with its index."""
+    if len(generations) == 1:
+        async with aclosing(generations[0].pieces()) as pieces:
+            async for piece in pieces:
+                yield 0, piece
+        return
+    arrived: asyncio.Queue[tuple[int, Piece] | Exception] = asyncio.Queue()
+
+    async def pump(index: int, generation: Generation) -> None:
+        try:
+            async with aclosing(generation.pieces()) as pieces:
+                async for piece in pieces:
+                    arrived.put_nowait((index, piece))
+        except Exception as error:
+            arrived.put_nowait(error)
+
+    pumps = [asyncio.create_task(pump(index, generation)) for index, generation in enumerate(generations)]
+    unfinished = len(pumps)
+    try:
+        while unfinished:
+            item = await arrived.get()
+            if isinstance(item, Exception):
+                raise item
+            unfinished -= item[1].finish_reason is not None
+            yield item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

@@ -1,0 +1,138 @@
+"""From a valid body to work for the engine: tokenised, checked against the model's limits, counted.
+
+What only the model can know is refused here (unknown ids, prompts beyond the context), in one
+sentence with the figures.
+"""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from muster.serve.codec import TextCodec
+from muster.serve.failures import RequestError
+from muster.serve.limits import Limits
+from muster.serve.protocol import Request, SamplingParams
+from muster.serve.responses import ChatShape, CompletionShape, Shape
+from muster.serve.schema import ChatRequest, CompletionRequest, SamplingFields
+from muster.serve.template import TemplateRefused
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default of /v1/completions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """An accepted body: one engine request a choice, and how to answer."""
+
+    requests: Sequence[Request]
+    stop: tuple[str, ...]
+    shape: Shape
+    object: str
+    """OpenAI's name of the answer's kind."""
+    stream: bool
+    include_usage: bool
+    prompt_tokens: int
+
+
+def read_completion(body: CompletionRequest, codec: TextCodec, limits: Limits) -> Job:
+    """A completions body as a job; raises RequestError."""
+    prompts = [codec.encode(item) if isinstance(item, str) else tuple(item) for item in body.prompts]
+    _check_ids(prompts, codec.tokenizer.vocab)
+    requests = _requests(
+        body, prompts, body.max_tokens, DEFAULT_COMPLETION_TOKENS, body.logprobs, codec, limits
+    )
+    echo: list[str] = []
+    if body.echo:
+        texts = [item if isinstance(item, str) else codec.decode(item) for item in body.prompts]
+        echo = [text for text in texts for _ in range(body.n or 1)]
+    return Job(
+        requests=requests,
+        stop=body.stop_strings,
+        shape=CompletionShape(decode=codec.decode, logprobs=body.logprobs is not None, echo=echo),
+        object="text_completion",
+        stream=bool(body.stream),
+        include_usage=body.include_usage,
+        prompt_tokens=sum(map(len, prompts)),
+    )
+
+
+def read_chat(body: ChatRequest, codec: TextCodec, limits: Limits) -> Job:
+    """A chat body as a job; raises RequestError."""
+    try:
+        prompt = codec.encode_chat([{"role": m.role, "content": m.text} for m in body.messages])
+    except TemplateRefused as error:
+        raise RequestError(400, str(error), param="messages") from None
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    asked = body.max_completion_tokens or body.max_tokens
+    requests = _requests(body, [prompt], asked, limits.context_tokens, logprobs, codec, limits)
+    return Job(
+        requests=requests,
+        stop=body.stop_strings + codec.template.stop,
+        shape=ChatShape(decode=codec.decode, logprobs=logprobs is not None),
+        object="chat.completion",
+        stream=bool(body.stream),
+        include_usage=body.include_usage,
+        prompt_tokens=len(prompt),
+    )
+
+
+def _requests(
+    body: SamplingFields,
+    prompts: Sequence[tuple[int, ...]],
+    max_tokens: int | None,
+    default_tokens: int,
+    logprobs: int | None,
+    codec: TextCodec,
+    limits: Limits,
+) -> list[Request]:
+    n = body.n or 1
+    if len(prompts) * n > limits.choices:
+        raise RequestError(
+            400,
+            f"{len(prompts)} prompts x n = {n} make {len(prompts) * n} sequences, but one request may have "
+            f"{limits.choices}; split it",
+            param="n",
+        )
+    seed = secrets.randbits(63) if body.seed is None else body.seed
+    requests = []
+    for prompt in prompts:
+        tokens = _completion_tokens(len(prompt), max_tokens, default_tokens, limits.context_tokens)
+        for choice in range(n):
+            params = SamplingParams(
+                max_tokens=tokens,
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                top_k=max(body.top_k or 0, 0),
+                seed=seed + choice,  # the n choices of one prompt differ, and each is reproducible
+                stop_ids=frozenset() if body.ignore_eos else codec.eos_ids,
+                logprobs=logprobs,
+            )
+            requests.append(Request(id=uuid.uuid4().hex, prompt=prompt, params=params))
+    return requests
+
+
+def _completion_tokens(prompt: int, asked: int | None, default: int, context: int) -> int:
+    room = context - prompt
+    wanted = 1 if asked is None else asked
+    if wanted > room:
+        raise RequestError(
+            400,
+            f"the model's context is {context} tokens, but the prompt has {prompt} and max_tokens asks for "
+            f"{wanted} more ({prompt + wanted} in all); shorten the prompt or ask for at most {max(room, 0)}",
+            param="max_tokens" if room > 0 else "prompt",
+            code="context_length_exceeded",
+        )
+    return min(default, room) if asked is None else asked
+
+
+def _check_ids(prompts: Sequence[tuple[int, ...]], vocab: int) -> None:
+    for prompt in prompts:
+        if not prompt:
+            raise RequestError(400, "the prompt has no tokens; send at least one", param="prompt")
+        if max(prompt) >= vocab:
+            raise RequestError(
+                400, f"token id {max(prompt)} is outside the vocabulary of {vocab} tokens", param="prompt"
+            )

@@ -1,0 +1,138 @@
+"""Deadlines for receiving a request and for reading its answer, which uvicorn does not have.
+
+Without them a client that sends half a header, or half a body, holds its connection for ever and
+delays shutdown (uvicorn closes only idle keep-alive connections). A small layer over uvicorn's h11
+protocol; h11 itself bounds the size of a header. Private names of uvicorn are used here and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from http import HTTPStatus
+from typing import Any, Literal
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from muster.serve.failures import error_body
+from muster.serve.limits import Limits
+
+Phase = Literal["header", "body"]
+
+
+def guarded_protocol(limits: Limits) -> type[H11Protocol]:
+    """A uvicorn protocol class that keeps `header_s`, `body_s` and `stalled_write_s` of `limits`."""
+
+    class GuardedProtocol(_GuardedProtocol):
+        pass
+
+    GuardedProtocol.limits = limits
+    return GuardedProtocol
+
+
+class _GuardedProtocol(H11Protocol):
+    limits: Limits
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._awaited: tuple[Phase, object] | None = None
+        """What is being received, with the request before it: the next one gets a deadline of its own."""
+        self._receipt_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_receipt()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop(self._receipt_timer)
+        self._stop(self._write_timer)
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        self._watch_receipt()
+
+    def shutdown(self) -> None:
+        if self._awaited is not None and self._awaited[0] == "body":
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "the server is stopping")
+        else:
+            super().shutdown()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.limits.stalled_write_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop(self._write_timer)
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        # uvicorn calls this while it handles h11's error, which knows the better status (431, 414, ...).
+        status = HTTPStatus(getattr(sys.exception(), "error_status_hint", HTTPStatus.BAD_REQUEST))
+        message = "the request is not valid HTTP/1.1"
+        if status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
+            message = f"the request's header is larger than {self.limits.header_bytes} bytes"
+        self._refuse(status, message)
+
+    def _watch_receipt(self) -> None:
+        phase = self._phase()
+        awaited = None if phase is None else (phase, self.cycle)
+        if awaited == self._awaited:
+            return  # its deadline runs already: single bytes do not extend it
+        self._awaited = awaited
+        self._stop(self._receipt_timer)
+        if phase is not None and not self.transport.is_closing():
+            limit_s = self.limits.header_s if phase == "header" else self.limits.body_s
+            self._receipt_timer = self.loop.call_later(limit_s, self._receipt_expired, phase, limit_s)
+
+    def _phase(self) -> Phase | None:
+        if self.conn.their_state is h11.SEND_BODY:
+            return "body"
+        if self.conn.their_state is not h11.IDLE:
+            return None
+        idle = self._had_request() and not self._has_bytes()  # between requests: uvicorn's keep-alive timer
+        return None if idle else "header"
+
+    def _had_request(self) -> bool:
+        cycle: object = self.cycle  # None until there was one, whatever its annotation says
+        return cycle is not None
+
+    def _has_bytes(self) -> bool:
+        return bool(self.conn.trailing_data[0])
+
+    def _receipt_expired(self, phase: Phase, limit_s: float) -> None:
+        if not self._had_request() and not self._has_bytes():
+            self.transport.close()  # nothing was ever sent: there is no request to answer
+        else:
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the {phase} was not complete after {limit_s:g} s")
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        """Answer with an error if no answer has begun, then close."""
+        if self.transport.is_closing():
+            return
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(error_body(status, message)).encode()
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+                (b"connection", b"close"),
+            ]
+            for event in (
+                h11.Response(status_code=status, headers=headers, reason=status.phrase.encode()),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event))
+        if self._had_request() and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # the app sees its client gone
+            self.cycle.message_event.set()
+        self.transport.close()
+
+    @staticmethod
+    def _stop(timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()

@@ -1,0 +1,198 @@
+"""Requests of OpenAI's completions and chat API, as pydantic models.
+
+Three ways to treat a field, each on purpose: what works is declared; what would change the answer
+but does not work here is declared and refused unless it is at its default (a client must not
+believe that its JSON schema or penalty was obeyed); everything else (`user`, `metadata`, `store`,
+...) cannot change the answer and is ignored. `top_k` and `ignore_eos` are extensions that other
+servers have too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    model_validator,
+)
+from pydantic.functional_validators import AfterValidator, WrapValidator
+from pydantic_core import PydanticCustomError
+
+
+def _described(should: str) -> WrapValidator:
+    """One sentence for a union instead of one error for each of its branches."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("type", "should be {should}", {"should": should}) from None
+
+    return WrapValidator(validate)
+
+
+def _no_surrogates(text: str) -> str:
+    """JSON can escape half a UTF-16 pair, which is no character and cannot be tokenised or sent back."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise PydanticCustomError("text", "holds a lone surrogate, which is not a character")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_no_surrogates)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Prompts = Annotated[
+    Text
+    | TokenIds
+    | Annotated[list[Text], Field(min_length=1)]
+    | Annotated[list[TokenIds], Field(min_length=1)],
+    _described(
+        "a string, a list of strings, a list of token ids, or a list of lists of token ids, none empty"
+    ),
+]
+Stop = Annotated[
+    Text | Annotated[list[Text], Field(max_length=16)] | None,
+    _described("a string or a list of at most 16 strings"),
+]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+
+
+class SamplingFields(_Body):
+    """What the two endpoints share; null always means the default."""
+
+    model: Text
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
+    """Extension: 0 or -1 keeps every token."""
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop = None
+    ignore_eos: bool | None = None
+    """Extension: generate `max_tokens` even beyond the end of sequence."""
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    # Refused unless at their defaults.
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, fields: Any) -> Any:
+        if isinstance(fields, Mapping):
+            for name, neutral in cls._neutral().items():
+                if fields.get(name) is not None and fields[name] not in neutral:
+                    raise PydanticCustomError(
+                        "unsupported",
+                        "{param} is not supported by this server; leave it out",
+                        {"param": name},
+                    )
+        return fields
+
+    @classmethod
+    def _neutral(cls) -> dict[str, tuple[Any, ...]]:
+        return {"presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},)}
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionRequest(SamplingFields):
+    """POST /v1/completions."""
+
+    prompt: Prompts
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Report this many most likely tokens at each position."""
+    echo: bool | None = None
+    """Put the prompt in front of the completion (without log-probabilities)."""
+    best_of: int | None = None
+    suffix: str | None = None
+
+    @classmethod
+    def _neutral(cls) -> dict[str, tuple[Any, ...]]:
+        return {**super()._neutral(), "best_of": (1,), "suffix": ("",)}
+
+    @model_validator(mode="after")
+    def _no_prompt_logprobs(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            raise PydanticCustomError(
+                "unsupported", "{param} cannot be combined with logprobs on this server", {"param": "echo"}
+            )
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one, text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [item for item in self.prompt if isinstance(item, int)]
+        texts_or_ids = [item for item in self.prompt if not isinstance(item, int)]
+        return [ids] if ids else texts_or_ids
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(_Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[
+        Text | list[TextPart] | None, _described("a string or a list of {type: text, text: ...} parts")
+    ] = None
+
+    @property
+    def text(self) -> str:
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.text for part in self.content)
+
+
+class ChatRequest(SamplingFields):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """The newer name of max_tokens; wins over it. Neither: up to the end of the context."""
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+    @classmethod
+    def _neutral(cls) -> dict[str, tuple[Any, ...]]:
+        return {
+            **super()._neutral(),
+            "tools": ([],),
+            "functions": ([],),
+            "tool_choice": ("none", "auto"),
+            "response_format": ({"type": "text"},),
+        }
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("value", "{param} needs logprobs to be true", {"param": "top_logprobs"})
+        return self

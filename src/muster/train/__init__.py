@@ -1,0 +1,1 @@
+"""Training: the loop, and one file for each thing it needs."""

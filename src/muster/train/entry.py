@@ -1,0 +1,59 @@
+"""The two ends of `muster train`: the check before any rank is started, and what each rank then does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from muster.checkpoint.manifest import write_synced
+from muster.config import schema
+from muster.config.digest import differences, digest, identity
+from muster.data.progress import Progress
+from muster.errors import UsageError
+from muster.observe.format import count
+from muster.parallel.world import join
+from muster.train import plan as planning
+from muster.train.loop import train
+from muster.train.plan import Plan
+from muster.train.report import Report
+
+
+def check(run: schema.Run, *, base: Path, folder: Path, progress: Progress | None = None) -> Plan:
+    """Plan the run and claim its folder; refuses a folder that another configuration has claimed."""
+    record = folder / "run.json"
+    if record.exists():
+        changed = differences(json.loads(record.read_bytes())["identity"], identity(run))
+        if changed:
+            raise UsageError(
+                f"{folder} belongs to a run with another configuration ({'; '.join(changed[:3])}): "
+                f"give this run another name, or delete that folder"
+            )
+    plan = planning.make(run, base=base, folder=folder, gpus=torch.cuda.device_count(), progress=progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"run": run.to_dict(), "digest": digest(run), "identity": identity(run), "base": str(base.resolve()), "steps": plan.steps}
+    draft = folder / "run.json.partial"
+    write_synced(draft, json.dumps(content, indent=1).encode())
+    draft.rename(record)
+    return plan
+
+
+def describe(plan: Plan) -> list[str]:
+    """What will be done and why, for the terminal."""
+    spec, corpus, layout = plan.spec, plan.corpus, plan.layout
+    return [
+        f"run     {plan.run.name} in {plan.folder}",
+        f"model   {spec.family}, {count(spec.parameters())} parameters, context {spec.context}, vocabulary {spec.vocab}",
+        f"data    {count(corpus.train_tokens)} training tokens, {count(corpus.held_out_tokens)} held out; {corpus.report}",
+        f"train   {plan.steps} steps of {plan.run.train.batch_tokens} tokens, {plan.run.train.precision}",
+        f"layout  {layout} ({layout.reason})",
+    ]
+
+
+def run_rank(run: schema.Run, *, base: Path, folder: Path) -> None:
+    """Join the other ranks and train."""
+    with join() as world:
+        plan = planning.make(run, base=base, folder=folder, gpus=torch.cuda.device_count(), ranks=world.size)
+        with Report(plan, world) as report:
+            train(plan, world, report)

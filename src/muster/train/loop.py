@@ -1,0 +1,67 @@
+"""The training loop, as a story on one page. Run it with `muster train run.yaml`.
+
+Knows nothing of how the model is spread over ranks (`parallel/`), what a checkpoint looks
+like (`checkpoint/`) or where the tokens come from (`data/`).
+"""
+
+from __future__ import annotations
+
+import gc
+
+from muster.data.packing import Batch
+from muster.data.sampler import Sampler
+from muster.parallel.world import World
+from muster.train import saves
+from muster.train.clock import Alarm
+from muster.train.evaluate import Evaluation
+from muster.train.plan import Plan
+from muster.train.report import Report
+from muster.train.trainee import Trainee
+
+
+def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
+    """Train to the end of the run, resuming where a sound checkpoint says; the last evaluation is returned."""
+    trainee = Trainee(plan, world)
+    step = saves.resume(trainee, plan, world, report)
+    report.begin(step)
+    sampler = Sampler(plan.corpus, plan.sequence, plan.run.train.seed)
+    evaluation_due, checkpoint_due = Alarm(plan.run.train.eval_every), Alarm(plan.run.checkpoint.every)
+    last_evaluation = None
+    saved = step
+    gc.disable()  # a collection in the middle of one rank's step would make every other rank wait
+
+    while step < plan.steps:
+        batches = microbatches(sampler, plan, world, step)
+        # One small exchange a step: the size of the global batch, and what the first rank's clock says is due.
+        tokens, evaluate_now, save_now = world.sum(
+            sum(batch.valid_tokens for batch in batches),
+            world.is_first and evaluation_due.rings(step + 1),
+            world.is_first and checkpoint_due.rings(step + 1),
+        )
+        update = trainee.update(step, batches, int(tokens))
+        step += 1
+        report.step(step, update)
+        if evaluate_now and step < plan.steps:
+            last_evaluation = trainee.evaluate(limit_tokens=plan.run.train.eval_tokens)
+            report.evaluation(step, last_evaluation)
+        if save_now and step < plan.steps:
+            saves.save(trainee, plan, world, report, step)
+            saved = step
+        if step % 100 == 0:
+            gc.collect(1)
+
+    if saved < step:
+        saves.save(trainee, plan, world, report, step)
+    if plan.corpus.held_out:
+        last_evaluation = trainee.evaluate()
+        report.evaluation(step, last_evaluation)
+    report.end(step)
+    return last_evaluation
+
+
+def microbatches(sampler: Sampler, plan: Plan, world: World, step: int) -> list[Batch]:
+    """This rank's part of the global batch of a step, which is the same for any number of ranks."""
+    per_rank = plan.sequences_per_batch // world.size
+    first = step * plan.sequences_per_batch + world.rank * per_rank
+    size = plan.layout.microbatch
+    return [sampler.batch(range(start, start + size)) for start in range(first, first + per_rank, size)]

@@ -1,0 +1,74 @@
+"""Everything about a run that is decided before a rank starts, and the sums that follow from it.
+
+Made once by the command line, and again by each rank from the same files: a pure function
+of the run file, the tokenizer and the machine, so all agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from muster.config import schema
+from muster.data.dataset import Corpus, prepare
+from muster.data.progress import Progress
+from muster.model.build import spec_from_config
+from muster.model.spec import TransformerSpec
+from muster.parallel.layout import Layout, resolve
+from muster.parallel.world import usable_cores
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    run: schema.Run
+    base: Path
+    """Folder of the run file, which relative paths start from."""
+    folder: Path
+    corpus: Corpus
+    spec: TransformerSpec
+    layout: Layout
+    model_folder: Path | None
+    """The folder that `model.from` names."""
+    sequence: int
+    """Tokens of one sample."""
+    steps: int
+    """Optimizer steps of the whole run."""
+
+    @property
+    def sequences_per_batch(self) -> int:
+        return self.run.train.batch_tokens // self.sequence
+
+
+def make(
+    run: schema.Run,
+    *,
+    base: Path,
+    folder: Path,
+    gpus: int,
+    ranks: int | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Check a run against its files and this machine, tokenise what is missing, and decide the layout.
+
+    `base` is the run file's folder, `folder` the run's own; `ranks` the world size where somebody
+    else has started the ranks. Errors are the user's to mend: nothing has been started yet.
+    """
+    model_folder = None if run.model.from_ is None else (base / run.model.from_).expanduser()
+    data = run.data
+    if data.tokenizer is None:
+        data = replace(data, tokenizer="byte" if model_folder is None else str(model_folder))
+    cache = folder.parent / "cache"
+    corpus = prepare(data, base, cache, progress=progress, tokenizer_folder=folder / "tokenizer")
+    spec = spec_from_config(run.model, corpus.tokenizer.vocab, base)
+    layout = resolve(run, context=spec.context, cores=usable_cores(), gpus=gpus, ranks=ranks)
+    return Plan(
+        run=run,
+        base=base,
+        folder=folder,
+        corpus=corpus,
+        spec=spec,
+        layout=layout,
+        model_folder=model_folder,
+        sequence=run.train.sequence or spec.context,
+        steps=run.train.tokens // run.train.batch_tokens,
+    )

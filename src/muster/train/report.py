@@ -1,0 +1,122 @@
+"""What a run tells: one calm line a log step for people, records for machines, both from the same figures.
+
+Only the first rank's report speaks; on the others every call returns at once.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+
+from muster.observe.peak import gemm_peak_flops
+from muster.observe.progress import RunProgress
+from muster.observe.records import RunLog
+from muster.observe.trackers import Tracker, open_trackers
+from muster.parallel.world import World
+from muster.train.evaluate import Evaluation
+from muster.train.plan import Plan
+from muster.train.trainee import COMPUTE_DTYPE, Update
+
+
+class Report:
+    """Use as a context manager: an error that passes through is recorded in the run's events."""
+
+    def __init__(self, plan: Plan, world: World) -> None:
+        self._plan, self._active = plan, world.is_first
+        # All ranks measure at once, so that the peak is the machine's as this run shares it.
+        peak = gemm_peak_flops(COMPUTE_DTYPE[plan.run.train.precision], world.device)
+        (self._peak_flops,) = world.sum(peak)
+        self._flops_per_token = plan.spec.flops_per_token(plan.sequence)
+        self._device = world.device
+        self._window = _Window()
+        if self._active:
+            self._log = RunLog(plan.folder)
+            self._progress = RunProgress(plan.steps)
+            self._trackers: list[Tracker] = open_trackers(plan.run.track, plan.folder, plan.run.name, plan.run.to_dict())
+
+    def begin(self, step: int) -> None:
+        self.event("started", step=step, steps=self._plan.steps, layout=str(self._plan.layout))
+        self._window = _Window()
+
+    def step(self, step: int, update: Update) -> None:
+        """Count a finished step; every `log_every` steps, say it."""
+        self._window.steps += 1
+        self._window.tokens += update.tokens
+        if not self._active or (step % self._plan.run.train.log_every and step != self._plan.steps):
+            return
+        rate = self._window.tokens / self._window.seconds
+        record = {
+            "loss": update.loss,
+            "gradient_norm": update.gradient_norm,
+            "learning_rate": update.learning_rate,
+            "tokens": step * self._plan.run.train.batch_tokens,
+            "tokens_per_s": rate,
+            "mfu": rate * self._flops_per_token / self._peak_flops,
+            "memory_bytes": self._memory_bytes(),
+            "eta_s": (self._plan.steps - step) * self._window.seconds / self._window.steps,
+        }
+        self._record(step, record)
+        self._window = _Window()
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        if not self._active:
+            return
+        record = {
+            "held_out_loss": evaluation.loss,
+            "held_out_bits_per_byte": evaluation.bits_per_byte,
+            "held_out_tokens": evaluation.tokens,
+        }
+        self._record(step, record)
+        self._window = _Window()
+
+    def note(self, kind: str, sentence: str, **fields: Any) -> None:
+        """An event that a person should read."""
+        if self._active:
+            self._progress.note(sentence)
+            self._log.event(kind, message=sentence, **fields)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        if self._active:
+            self._log.event(kind, **fields)
+
+    def end(self, step: int) -> None:
+        self.event("finished", step=step)
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._active:
+            return
+        if error is not None:
+            self._log.event("failed", error=str(error))
+        self._progress.close()
+        for tracker in self._trackers:
+            tracker.close()
+        self._log.close()
+
+    def _record(self, step: int, record: dict[str, float]) -> None:
+        self._log.metrics(step, **record)
+        self._progress.log(step, record)
+        for tracker in self._trackers:
+            tracker.log(step, record)
+
+    def _memory_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return int(psutil.Process().memory_info().rss)
+
+
+class _Window:
+    """What happened since the last line."""
+
+    def __init__(self) -> None:
+        self.steps, self.tokens, self._since = 0, 0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._since

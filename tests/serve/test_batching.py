@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from muster.model.transformer import Transformer
+from muster.serve.protocol import EngineError, Overloaded, Request, SamplingParams, Token
+
+Generate = Callable[..., Awaitable[list[Token]]]
+_IDS = itertools.count()
+
+
+def request(prompt: Sequence[int], **params: Any) -> Request:
+    settings: dict[str, Any] = {"max_tokens": 8, "temperature": 0.0} | params
+    return Request(id=str(next(_IDS)), prompt=tuple(prompt), params=SamplingParams(**settings))
+
+
+def ids(tokens: Sequence[Token]) -> list[int]:
+    return [token.id for token in tokens]
+
+
+def test_greedy_equals_the_plain_loop_for_sequences_of_all_lengths(
+    model: Transformer, running: Any, generate: Generate, reference: Any
+) -> None:
+    rng = random.Random(0)
+    prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 60))] for _ in range(12)]
+    counts = [rng.randint(1, 30) for _ in prompts]
+
+    async def all_at_once() -> list[list[Token]]:
+        with running(model, streams=5) as engine:
+            requests = [request(p, max_tokens=n) for p, n in zip(prompts, counts, strict=True)]
+            return await asyncio.gather(*(generate(engine, one) for one in requests))
+
+    for prompt, count, tokens in zip(prompts, counts, asyncio.run(all_at_once()), strict=True):
+        assert ids(tokens) == reference(model, prompt, count)
+        assert [token.finish_reason for token in tokens] == [None] * (count - 1) + ["length"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "family": "gpt2",
+            "norm": "layer",
+            "positions": "learned",
+            "mlp": "gelu",
+            "kv_heads": 4,
+            "tied": True,
+        },
+        {"family": "mistral", "window": 12},
+    ],
+)
+def test_greedy_equals_the_plain_loop_for_other_families(
+    make_model: Any, running: Any, generate: Generate, reference: Any, changes: dict[str, Any]
+) -> None:
+    model = make_model(**changes)
+    prompts = [[1, 2, 3], list(range(40)), [250]]
+
+    async def all_at_once() -> list[list[Token]]:
+        with running(model) as engine:
+            return await asyncio.gather(*(generate(engine, request(p, max_tokens=20)) for p in prompts))
+
+    for prompt, tokens in zip(prompts, asyncio.run(all_at_once()), strict=True):
+        assert ids(tokens) == reference(model, prompt, 20)
+
+
+def test_a_long_prompt_in_chunks_changes_nothing(
+    make_model: Any, running: Any, generate: Generate, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("muster.serve.batching.PREFILL_TOKENS", 7)
+    model = make_model()
+    prompts = [list(range(60)), list(range(100, 130)), [5]]
+
+    async def all_at_once() -> list[list[Token]]:
+        with running(model) as engine:
+            return await asyncio.gather(*(generate(engine, request(p, max_tokens=12)) for p in prompts))
+
+    for prompt, tokens in zip(prompts, asyncio.run(all_at_once()), strict=True):
+        assert ids(tokens) == reference(model, prompt, 12)
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(
+    model: Transformer, running: Any, generate: Generate
+) -> None:
+    def seeded() -> Request:
+        return request([7, 8, 9], max_tokens=30, temperature=1.0, top_p=0.95, seed=42)
+
+    def other() -> Request:
+        return request([random.randrange(256) for _ in range(20)], max_tokens=20, temperature=1.0)
+
+    async def run() -> tuple[list[int], list[int], list[int]]:
+        with running(model) as engine:
+            alone = await generate(engine, seeded())
+            first, *_ = await asyncio.gather(
+                generate(engine, seeded()), *(generate(engine, other()) for _ in range(9))
+            )
+            *_, last = await asyncio.gather(
+                *(generate(engine, other()) for _ in range(9)), generate(engine, seeded())
+            )
+            return ids(alone), ids(first), ids(last)
+
+    alone, first, last = asyncio.run(run())
+    assert alone == first == last
+    assert len(set(alone)) > 5
+
+
+def test_requests_without_a_seed_differ(model: Transformer, running: Any, generate: Generate) -> None:
+    async def run() -> list[list[Token]]:
+        with running(model) as engine:
+            same = [request([1], max_tokens=20, temperature=2.0) for _ in range(2)]
+            return await asyncio.gather(*(generate(engine, one) for one in same))
+
+    first, second = asyncio.run(run())
+    assert ids(first) != ids(second)
+
+
+def test_a_stop_id_ends_the_request_and_is_delivered(
+    model: Transformer, running: Any, generate: Generate, reference: Any
+) -> None:
+    expected = reference(model, [1, 2, 3], 8)
+
+    async def run() -> list[Token]:
+        with running(model) as engine:
+            return await generate(engine, request([1, 2, 3], stop_ids=frozenset({expected[2]})))
+
+    tokens = asyncio.run(run())
+    assert ids(tokens) == expected[: expected.index(expected[2]) + 1]
+    assert tokens[-1].finish_reason == "stop"
+
+
+def test_logprobs_are_the_models(model: Transformer, running: Any, generate: Generate) -> None:
+    async def run() -> list[Token]:
+        with running(model) as engine:
+            return await generate(engine, request([1, 2, 3], logprobs=4, temperature=1.0, seed=1))
+
+    tokens = asyncio.run(run())
+    whole = [1, 2, 3, *ids(tokens)]
+    with torch.inference_mode():
+        expected = model(torch.tensor([whole]))[0].log_softmax(-1)
+    for position, token in enumerate(tokens, start=2):
+        assert token.logprob == pytest.approx(float(expected[position, token.id]), abs=1e-4)
+        best = expected[position].topk(4)
+        assert [id for id, _ in token.top_logprobs] == best.indices.tolist()
+        assert [value for _, value in token.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_cancelling_frees_the_slot_and_the_next_request_takes_it(
+    model: Transformer, running: Any, generate: Generate, reference: Any
+) -> None:
+    async def run() -> tuple[list[Token], list[Token]]:
+        with running(model, streams=1) as engine:
+            endless = request([1], max_tokens=90)
+            stream = engine.submit(endless)
+            await anext(stream)
+            waiting = request([2], max_tokens=90)
+            never_started = engine.submit(waiting)
+            engine.cancel(waiting.id)
+            engine.cancel(endless.id)
+            engine.cancel("unknown")
+            rest = [token async for token in stream] + [token async for token in never_started]
+            return rest, await generate(engine, request([1, 2, 3]))
+
+    rest, after = asyncio.run(run())
+    assert len(rest) < 80
+    assert ids(after) == reference(model, [1, 2, 3], 8)
+
+
+def test_a_full_queue_refuses_at_once_and_recovers(
+    model: Transformer, running: Any, generate: Generate
+) -> None:
+    async def run() -> None:
+        with running(model, streams=1, waiting_limit=2) as engine:
+            requests = [request([1], max_tokens=90) for _ in range(4)]
+            accepted = []
+
+            def submit_all() -> None:
+                for one in requests:
+                    engine.submit(one)
+                    accepted.append(one)
+
+            with pytest.raises(Overloaded, match="waiting already"):
+                submit_all()
+            assert len(accepted) in (2, 3)
+            for one in accepted:
+                engine.cancel(one.id)
+            assert len(await generate(engine, request([1]))) == 8
+
+    asyncio.run(run())
+
+
+def test_a_damaged_sequence_fails_alone(
+    make_model: Any, running: Any, generate: Generate, reference: Any
+) -> None:
+    """nan in one token's embedding: requests with that token fail, others beside and after them do not."""
+    model = make_model()
+    expected = reference(model, [1, 2, 3], 30)
+    poison = next(id for id in range(256) if id not in expected)
+    with torch.no_grad():
+        model.embed.weight[poison] = torch.nan
+
+    async def run() -> None:
+        with running(model, streams=2) as engine:
+            for _ in range(3):
+                healthy = asyncio.create_task(generate(engine, request([1, 2, 3], max_tokens=30)))
+                with pytest.raises(EngineError, match="not finite"):
+                    await generate(engine, request([poison] * 40))
+                assert ids(await healthy) == expected
+                # Both slots again: the damaged one's with a shorter sequence than its neighbour's.
+                short, _ = await asyncio.gather(
+                    generate(engine, request([1, 2, 3], max_tokens=30)),
+                    generate(engine, request([1, 2, 3] * 20, max_tokens=30)),
+                )
+                assert ids(short) == expected
+
+    asyncio.run(run())
+
+
+def test_an_exception_in_a_step_fails_its_requests_and_the_engine_lives_on(
+    model: Transformer, running: Any, generate: Generate, reference: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> list[Token]:
+        with running(model) as engine:
+            with pytest.raises(EngineError, match="generation failed"):
+                await generate(engine, request([10_000]))  # beyond the embedding: the HTTP layer refuses it
+            return await generate(engine, request([1, 2, 3]))
+
+    assert ids(asyncio.run(run())) == reference(model, [1, 2, 3], 8)
+    assert "a step of 1 sequences failed" in caplog.text
+
+
+def test_closing_ends_running_and_waiting_requests_and_the_thread(model: Transformer, running: Any) -> None:
+    async def drain(stream: AsyncIterator[Token]) -> None:
+        async for _ in stream:
+            pass
+
+    async def run() -> None:
+        with running(model, streams=1) as engine:
+            streams = [engine.submit(request([1], max_tokens=90)) for _ in range(3)]
+            await anext(streams[0])
+            engine.close()
+            for stream in streams:
+                with pytest.raises(EngineError, match="stopping"):
+                    await asyncio.wait_for(drain(stream), 10)
+            with pytest.raises(EngineError, match="stopping"):
+                engine.submit(request([1]))
+
+    before = threading.active_count()
+    asyncio.run(run())
+    assert threading.active_count() == before

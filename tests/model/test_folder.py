@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from muster.errors import UsageError
+from muster.model import folder as folders
 from muster.model.folder import load_folder, read_spec, save_folder
 from muster.model.spec import TransformerSpec
 from muster.model.staging import staged
@@ -201,3 +204,18 @@ def test_staging_replaces_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
         (draft / "new").write_text("new")
     assert [path.name for path in target.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_full_disk_is_an_oserror(
+    model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors words it as text only, and the command line knows OSError."""
+
+    def full(*args: object, **options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(folders, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        save(model, tmp_path / "model")
+    assert raised.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())

@@ -1,7 +1,7 @@
 """The command line: one module a verb. Importing this, and `muster --help`, imports no torch.
 
 Whatever a user can act on ends here as one line on stderr and an exit code:
-0 ok, 1 failure, 2 bad config or usage, 3 does not fit, 4 parity failed, 75 preempted (run the same command again).
+0 ok, 1 failure, 2 bad config or usage, 3 does not fit, 4 parity failed, 75 preempted (run it again).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 
 import muster
 from muster.errors import DoesNotFit, MusterError, UsageError
@@ -22,11 +22,12 @@ _INTERRUPTED, _READER_GONE = 130, 141  # 128 + SIGINT and SIGPIPE, as shells cou
 
 
 def build_app(*, describe: bool = False) -> App:
-    """The command line. A verb's module is imported when the verb is used, or now if `describe`, for its help."""
+    """The command line; a verb's module is imported when it is used, or now if `describe`, for its help."""
     app = App(
         name="muster",
         help="Train and serve large language models on whatever machines you can muster.",
         version=f"muster {muster.__version__}",
+        default_parameter=Parameter(negative=()),  # no --no-json beside --json
         help_format="plaintext",  # rendering Markdown would be a quarter of the start-up time
         exit_on_error=False,
         print_error=False,
@@ -54,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit cannot fail
+        # Python flushes once more at exit, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(_READER_GONE)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

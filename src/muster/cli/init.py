@@ -19,17 +19,19 @@ def init(name: str, *, template: Literal["tiny", "small", "finetune"] = "tiny") 
     template
         tiny: minutes on a laptop; small: hours; finetune: starts from a Hugging Face folder.
     """
-    from muster.config.load import load_run
+    from muster.config.load import parse_run
     from muster.config.template import render
 
-    target = Path(f"{name}.yaml")
-    if target.exists():
-        raise UsageError(f"{target} exists: choose another name, or delete it")
-    draft = target.with_name(f".{target.name}.partial")
-    draft.write_text(render(target.stem, template))
+    target = Path(f"{name.removesuffix('.yaml')}.yaml")
+    text = render(target.stem, template, str(target))
+    parse_run(text, str(target))  # what it writes is right, unless the name cannot be one
     try:
-        load_run(draft)
-        draft.rename(target)
-    finally:
-        draft.unlink(missing_ok=True)
+        with target.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError(f"{target} exists: choose another name, or delete it") from None
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise UsageError(
+            f"cannot write {target} ({error.strerror}): choose a folder that can be written"
+        ) from None
     sys.stdout.write(f"wrote {target}; next: muster train {target}\n")

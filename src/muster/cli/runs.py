@@ -32,18 +32,22 @@ def runs(*, runs: Path = Path("runs"), json_: bool = False) -> None:
     if json_:
         sys.stdout.write(json.dumps([asdict(seen) for seen in found], indent=1) + "\n")
         return
+    if not found:
+        sys.stdout.write(f"no runs in {runs} yet: `muster train` makes them\n")
+        return
     table = Table(box=None, pad_edge=False)
     for heading in ("run", "state", "step", "loss", "bits/byte", "tok/s", "size", "last record"):
-        table.add_column(heading, justify="left" if heading in ("run", "state") else "right")
+        table.add_column(heading, justify="left" if heading in ("run", "state") else "right", no_wrap=True)
     for seen in found:
-        figures = (seen.loss, seen.bits_per_byte)
         table.add_row(
             seen.name,
             seen.state,
-            f"{seen.step}/{seen.steps}",
-            *("-" if figure is None else f"{figure:.4f}" for figure in figures),
+            f"{seen.step}/{'?' if seen.steps is None else seen.steps}",
+            "-" if seen.loss is None else f"{seen.loss:.4f}",
+            "-" if seen.bits_per_byte is None else f"{seen.bits_per_byte:.4f}",
             "-" if seen.tokens_per_s is None else count(seen.tokens_per_s),
-            size(seen.bytes),
-            f"{duration(seen.age_s)} ago",
+            size(seen.size_bytes),
+            "-" if seen.age_s is None else f"{duration(seen.age_s)} ago",
         )
-    Console(soft_wrap=True).print(table)
+    # A pipe gets every column whole, however narrow the terminal that it was started from.
+    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 1000).print(table)

@@ -1,4 +1,4 @@
-"""The strict loader: a YAML run file to a `Run`, or every one of its problems at once, as file:line: path: what.
+"""The strict loader: a run file becomes a `Run`, or all of its problems at once, as file:line: path: what.
 
 Reads text (`document.py`), sets overrides, lets the schema check the whole, and says what it
 found in the words of the file (`explain.py`).
@@ -24,8 +24,13 @@ _RUN = TypeAdapter(Run)
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
-    """Read a run file, apply `key.path=value` overrides, and check everything; ConfigError with all problems."""
-    draft = _Draft(str(path), _text_of(path))
+    """Read a run file, apply `key.path=value` overrides, check everything; ConfigError with all problems."""
+    return parse_run(_text_of(path), str(path), overrides)
+
+
+def parse_run(text: str, file: str, overrides: Sequence[str] = ()) -> Run:
+    """`load_run` of a text that is at hand; `file` is what its problems call it."""
+    draft = _Draft(file, text)
     for said in overrides:
         draft.override(said)
     return draft.check()
@@ -161,7 +166,7 @@ def _set(plain: dict[str, Any], names: Sequence[str], value: Any) -> KeyPath:
         if isinstance(target, list):
             if not (name.isdecimal() and int(name) < len(target)):
                 dotted = ".".join(names[: depth - 1])
-                raise LookupError(f"{dotted} has entries 0 to {len(target) - 1}, and no {name}")
+                raise LookupError(f"{dotted} has {len(target)} entries, from 0, and no {name}")
             step = int(name)
         path = (*path, step)
         if depth == len(names):

@@ -143,7 +143,8 @@ class Data:
         Annotated[Annotated[TrainTokenizer, Tag("<section>")] | Annotated[str, Tag("<word>")], _SectionOrWord]
         | None
     ) = None
-    """`{train: bpe, vocab: N}`, byte, or the path of a tokenizer.json. Default: that of `model.from`, else byte."""
+    """`{train: bpe, vocab: N}`, byte, or the path of a tokenizer.json. Default: that of `model.from`,
+    else byte."""
     mask_documents: Flag = True
     """Attention does not cross from one document into the next one packed behind it."""
 

@@ -1,19 +1,29 @@
-"""The commented run file that `muster init` writes: the keys of a template, and below them every other key with its
-default, commented out. All comments are the schema's own docstrings, so the file documents everything there is."""
+"""The commented run file that `muster init` writes: a template's keys, and every other key disabled.
+
+All comments are the schema's own docstrings and all disabled keys show their defaults, so the
+file documents everything there is.
+"""
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, Literal
 
-from muster.config.load import sections_of, written
+from muster.config import document
+from muster.config.outline import help_of, keys_of, sections_of
 from muster.config.schema import Run
 
-_WIDTH = 100
+Template = Literal["tiny", "small", "finetune"]
 
-TEMPLATES: dict[str, dict[str, Any]] = {
+_WIDTH = 100
+_HEAD = """\
+# A run of muster; train it with `muster train {file}`.
+# A key after a bare # shows its default: to change it, remove the # (and that of its section, if it has one).
+"""
+
+_TEMPLATES: dict[Template, dict[str, Any]] = {
     "tiny": {
         "model": {
             "family": "llama",
@@ -25,10 +35,17 @@ TEMPLATES: dict[str, dict[str, Any]] = {
             "tied": True,
         },
         "data": {
-            "train": [{"files": "stdlib:**/*.py", "exclude": ["**/test/**"]}],
+            "train": [{"files": "stdlib:**/*.py", "exclude": ["**/test/**", "**/tests/**"]}],
+            "held_out": "2%",
             "tokenizer": {"train": "bpe", "vocab": 4096},
         },
-        "train": {"tokens": "1536Ki", "batch_tokens": "4Ki", "optimizer": {"lr": 3e-3}},
+        "train": {
+            "tokens": "1536Ki",
+            "batch_tokens": "4Ki",
+            "optimizer": {"lr": 3e-3},
+            "schedule": {"kind": "cosine", "warmup": "5%", "floor": "5%"},
+        },
+        "checkpoint": {"every": "60s"},
     },
     "small": {
         "model": {
@@ -42,97 +59,95 @@ TEMPLATES: dict[str, dict[str, Any]] = {
         },
         "data": {
             "train": [{"files": "corpus/**/*.txt"}],
+            "held_out": "1%",
             "tokenizer": {"train": "bpe", "vocab": 16_384},
         },
         "train": {
             "tokens": "100M",
             "batch_tokens": "32Ki",
             "optimizer": {"lr": 1e-3},
+            "schedule": {"kind": "cosine", "warmup": "2%"},
             "eval_every": "500 steps",
         },
     },
     "finetune": {
         "model": {"from": "path/to/hf-folder"},
-        "data": {"train": [{"files": "corpus/**/*.jsonl", "text": "text"}]},
-        "train": {"tokens": "10M", "batch_tokens": "32Ki", "sequence": 1024, "optimizer": {"lr": 2e-5}},
+        "data": {"train": [{"files": "corpus/**/*.jsonl", "text": "text"}], "held_out": "1%"},
+        "train": {
+            "tokens": "10M",
+            "batch_tokens": "32Ki",
+            "sequence": 1024,
+            "optimizer": {"lr": 2e-5, "weight_decay": 0.0},
+            "schedule": {"kind": "linear", "warmup": "3%", "floor": "0%"},
+        },
     },
 }
 
 
-def render(name: str, template: str) -> str:
-    """The text of a run file called `name`."""
-    head = f"# A run of muster: `muster train {name}.yaml` trains it. Remove the # of a key to set it.\n"
-    return head + "\n".join(_section(Run, {"name": name, **TEMPLATES[template]}, 0)) + "\n"
+def render(name: str, template: Template, file: str) -> str:
+    """The text of a run file for a run called `name`; `file` is where it will lie."""
+    body = _lines(Run, {"name": name, **_TEMPLATES[template]}, depth=0)
+    return _HEAD.format(file=file) + "\n" + "\n".join(body) + "\n"
 
 
-def _section(owner: Any, values: dict[str, Any], depth: int) -> Iterator[str]:
-    """A section's keys: those that the template sets, then the others as comments."""
-    pad = "  " * depth
-    described = _descriptions(owner)
-    below = sections_of(owner)
-    for key in [key for key in described if key in values] + [key for key in described if key not in values]:
-        section, value = below.get(key), values.get(key)
-        yield from (f"{pad}# {line}" for line in textwrap.wrap(described[key], _WIDTH))
-        if key in values:
-            yield from _entry(key, value, section, depth)
-        elif (
-            section is not None
-            and _default(owner, key) is not None
-            and not isinstance(_default(owner, key), str)
-        ):
-            yield f"{pad}# {key}:"
-            yield from (f"{pad}# {line}" for line in _section(section, {}, 1))
+def _lines(section: Any, values: dict[str, Any] | None, depth: int) -> Iterator[str]:
+    """The keys of a section: those with a value first; all disabled where the section itself is (None)."""
+    given = values or {}
+    for key in sorted(keys_of(section), key=lambda key: key not in given):
+        pad = "  " * depth
+        below = sections_of(section).get(key)
+        yield from (
+            pad + line for line in textwrap.wrap(f"# {help_of(section, key)}", _WIDTH, subsequent_indent="# ")
+        )
+        if key in given:
+            yield from _entry(pad, key, given[key], below, depth)
+        elif isinstance(default := _default(section, key), dict):
+            yield f"{pad}#{key}:"
+            yield from _lines(below, None, depth + 1)
         else:
-            yield f"{pad}# {key}: {_scalar(_default(owner, key))}"
+            yield f"{pad}#{key}: {_flow(default)}"
+        if depth == 0:
+            yield ""
 
 
-def _entry(key: str, value: Any, section: Any, depth: int) -> Iterator[str]:
-    pad = "  " * depth
-    if isinstance(value, dict) and section is not None and len(value) > 0 and key != "tokenizer":
-        yield f"{pad}{key}:"
-        yield from _section(section, value, depth + 1)
-    elif isinstance(value, list) and section is not None:
-        yield f"{pad}{key}:"
-        for item in value:
-            lines = list(_section(section, item, depth + 2))
-            first = next(index for index, line in enumerate(lines) if not line.lstrip().startswith("#"))
-            yield from lines[:first]
-            yield f"{pad}  - {lines[first].lstrip()}"
-            yield from lines[first + 1 :]
-    else:
-        yield f"{pad}{key}: {_scalar(value)}"
-
-
-def _descriptions(owner: Any) -> dict[str, str]:
-    """Keys of a section in order, each with its documentation."""
-    documented = owner.__pydantic_fields__
-    described = {}
-    for field in fields(owner):
-        text = documented[field.name].description
-        if text is None:
-            section = sections_of(owner).get(written(field.name))
-            text = (section.__doc__ or "") if section is not None else ""
-        described[written(field.name)] = " ".join(text.split())
-    return described
-
-
-def _default(owner: Any, key: str) -> Any:
-    field = next(field for field in fields(owner) if written(field.name) == key)
-    info = owner.__pydantic_fields__[field.name]
-    if info.default_factory is not None:
-        return info.default_factory()
-    default = info.default
-    return None if default is MISSING or repr(default) == "PydanticUndefined" else default
-
-
-def _scalar(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
+def _entry(pad: str, key: str, value: Any, below: Any, depth: int) -> Iterator[str]:
+    if below is None or key == "tokenizer":
+        yield f"{pad}{key}: {_flow(value)}"
+        return
+    yield f"{pad}{key}:"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_scalar(item)}" for key, item in value.items()) + "}"
+        yield from _lines(below, value, depth + 1)
+        return
+    for item in value:
+        lines = list(_lines(below, item, depth + 2))
+        # The dash stands before the first key; the comments above it stay where they are.
+        first = next(index for index, line in enumerate(lines) if not line.lstrip().startswith("#"))
+        lines[first] = f"{pad}  - {lines[first].lstrip()}"
+        yield from lines
+
+
+def _default(section: Any, key: str) -> Any:
+    """A key's default as plain data; None where there is none."""
+    info = next(info for name, info in section.__pydantic_fields__.items() if name.rstrip("_") == key)
+    default = None if info.is_required() else info.get_default(call_default_factory=True)
+    if default is None or isinstance(default, str | int | float | list | tuple):
+        return default
+    return {} if sections_of(section).get(key) else str(default)
+
+
+def _flow(value: Any) -> str:
+    """Plain data on one line of YAML, quoted where it would be read as something else."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_flow(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_scalar(item) for item in value) + "]"
-    text = str(value)
-    return f'"{text}"' if isinstance(value, str) and any(mark in text for mark in "*:#{}[],") else text
+        return "[" + ", ".join(_flow(entry) for entry in value) + "]"
+    if isinstance(value, str):
+        return value if _reads_back(value) else json.dumps(value)
+    return "null" if value is None else str(value).lower()
+
+
+def _reads_back(text: str) -> bool:
+    try:
+        return bool(document.read(f"[{text}]").plain == [text])
+    except document.Unreadable:
+        return False

@@ -24,12 +24,8 @@ class Cache:
         self.root = root
         self.catalogues, self.tokenizers = root / "catalogues", root / "tokenizers"
         self.shards, self.indexes = root / "shards", root / "indexes"
-        for folder in self._folders:
+        for folder in (self.catalogues, self.tokenizers, self.shards, self.indexes):
             folder.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def _folders(self) -> tuple[Path, ...]:
-        return self.catalogues, self.tokenizers, self.shards, self.indexes
 
     def lock(self) -> AbstractContextManager[None]:
         """One process of the machine at a time; a killed one lets go of it."""
@@ -37,5 +33,4 @@ class Cache:
 
     def sweep(self) -> None:
         """Delete what killed writers left behind; the caller holds the lock."""
-        for folder in self._folders:
-            remove_drafts(folder)
+        remove_drafts(self.root)

@@ -57,8 +57,8 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def remove_drafts(folder: Path) -> None:
-    """Delete what killed writers left behind; the caller holds the lock."""
-    for draft in folder.glob(f"*{PARTIAL}"):
+    """Delete what killed writers left anywhere below; the caller holds the lock."""
+    for draft in folder.rglob(f"*{PARTIAL}"):
         draft.unlink(missing_ok=True)
 
 

@@ -36,10 +36,13 @@ def walk(root: Path, pattern: str, without: Collection[str] = ()) -> Iterator[st
     for folder, folders, files in os.walk(root, followlinks=True):
         status = os.stat(folder)
         inside = Path(folder).relative_to(root).parts
-        if (status.st_dev, status.st_ino) in entered or len(inside) + 1 == deepest:
+        if (status.st_dev, status.st_ino) in entered:
             folders.clear()
+            continue
         entered.add((status.st_dev, status.st_ino))
-        folders[:] = [name for name in folders if name not in without and (takes_hidden or name[0] != ".")]
+        wanted = [name for name in folders if name not in without and (takes_hidden or name[0] != ".")]
+        # Sorted, so that of two ways into a folder it is always the same one that is taken.
+        folders[:] = sorted(wanted) if len(inside) + 1 != deepest else []
         for file in files:
             name = "/".join((*inside, file))
             if (takes_hidden or file[0] != ".") and matches(name):

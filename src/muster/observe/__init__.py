@@ -1,1 +1,1 @@
-"""What can be seen of a run: records, the progress lines, trackers, the machine's peak. Knows records only."""
+"""What can be seen of a run: records, progress lines, trackers, the machine's peak. Knows records only."""

@@ -1,32 +1,39 @@
-"""Progress on the terminal: one calm line a log step, a bar where there is somebody to watch it."""
+"""Progress on the terminal: one calm line a log step, and a bar where there is somebody to watch it."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from muster.observe.format import count, duration, size
 
+_FIGURES: dict[str, Callable[[float], str]] = {
+    "loss": "loss {:.4f}".format,
+    "gradient_norm": "grad {:.2f}".format,
+    "learning_rate": "lr {:.1e}".format,
+    "held_out_loss": "held-out loss {:.4f}".format,
+    "held_out_bits_per_byte": "{:.4f} bits per byte".format,
+    "tokens_per_s": lambda rate: f"{count(rate)} tok/s",
+    "mfu": "MFU {:.0%}".format,
+    "memory_bytes": size,
+    "eta_s": lambda seconds: f"eta {duration(seconds)}",
+}
+"""Records by name, in the order in which a line shows them; others are for machines only."""
+
 
 def step_line(step: int, steps: int, record: Mapping[str, float]) -> str:
-    """`step  120/2000  loss 2.314  grad 0.41  lr 2.9e-03  18.3k tok/s  MFU 42%  1.2 GB  eta 14m00s`"""
-    parts = [f"step {step:>{len(str(steps))}}/{steps}"]
-    if "held_out_loss" in record:
-        parts += [f"held-out loss {record['held_out_loss']:.4f}", f"{record['held_out_bits_per_byte']:.4f} bits per byte"]
-    else:
-        parts += [
-            f"loss {record['loss']:.4f}",
-            f"grad {record['gradient_norm']:.2f}",
-            f"lr {record['learning_rate']:.1e}",
-            f"{count(record['tokens_per_s'])} tok/s",
-            f"MFU {record['mfu']:.0%}",
-            size(record["memory_bytes"]),
-            f"eta {duration(record['eta_s'])}",
-        ]
-    return "  ".join(parts)
+    """`step  120/2000  loss 2.3140  grad 0.41  lr 2.9e-03  18.3k tok/s  MFU 42%  1.2 GB  eta 14m00s`"""
+    figures = [write(record[name]) for name, write in _FIGURES.items() if name in record]
+    return "  ".join([f"step {step:>{len(str(steps))}}/{steps}", *figures])
 
 
 class RunProgress:
@@ -37,9 +44,8 @@ class RunProgress:
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self._console, transient=True
-            )
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task("training", total=steps)
             self._bar.start()
 
@@ -51,34 +57,40 @@ class RunProgress:
     def note(self, sentence: str) -> None:
         """A line of its own."""
         self._console.print(sentence, markup=False)
-        sys.stdout.flush()
+        self._console.file.flush()
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
 
 
 class ByteProgress:
-    """The data room's progress on the terminal: a bar, or one line at the start of each piece of work."""
+    """The data room's progress: a bar on a terminal, else one line at the start of each piece of work."""
 
     def __init__(self) -> None:
-        self._console = Console(highlight=False)
+        self._console = Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
 
     def start(self, total_bytes: int, what: str) -> None:
         self.done()
         if not self._console.is_terminal:
             self._console.print(f"{what}: {size(total_bytes)}", markup=False)
+            self._console.file.flush()
             return
-        self._bar = Progress(
-            TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=self._console, transient=True
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
         )
+        self._bar = Progress(*columns, console=self._console, transient=True)
         self._task = self._bar.add_task(what, total=total_bytes)
         self._bar.start()
 
-    def advance(self, done_bytes: int) -> None:
+    def advance(self, size_bytes: int) -> None:
         if self._bar is not None:
-            self._bar.advance(self._task, done_bytes)
+            self._bar.advance(self._task, size_bytes)
 
     def done(self) -> None:
         if self._bar is not None:

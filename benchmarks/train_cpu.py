@@ -44,18 +44,31 @@ def main() -> None:
     arguments = _arguments()
     if arguments.side:
         cell = Cell(arguments.size, arguments.precision, arguments.place)
-        {"muster": run_muster, "transformers": run_transformers}[arguments.side](cell, arguments.steps, arguments.out)
+        {"muster": run_muster, "transformers": run_transformers}[arguments.side](
+            cell, arguments.steps, arguments.out
+        )
         return
-    cells = [Cell(size, precision, place) for size in SHAPES for precision in ("fp32", "bf16") for place in PLACES]
+    cells = [
+        Cell(size, precision, place) for size in SHAPES for precision in ("fp32", "bf16") for place in PLACES
+    ]
     rows = []
     print(header())
     for cell in cells:
-        rows.append(compare(cell, rounds=1 if arguments.quick else arguments.rounds, steps=2 if arguments.quick else 6))
+        rows.append(
+            compare(
+                cell, rounds=1 if arguments.quick else arguments.rounds, steps=2 if arguments.quick else 6
+            )
+        )
         print(line(rows[-1]), flush=True)
     geometric_mean = statistics.geometric_mean(row["ratio"] for row in rows)
     print(f"geometric mean of the ratios: {geometric_mean:.2f}")
     if arguments.json:
-        result = {"machine": machine(), "date": date.today().isoformat(), "versions": versions(), "cells": rows}
+        result = {
+            "machine": machine(),
+            "date": date.today().isoformat(),
+            "versions": versions(),
+            "cells": rows,
+        }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result | {"geometric_mean": geometric_mean}, indent=1) + "\n")
 
@@ -66,7 +79,10 @@ def compare(cell: Cell, rounds: int, steps: int) -> dict[str, Any]:
     for _ in range(rounds):
         for side, results in seen.items():
             results.append(launch(side, cell, steps))
-    rates = {side: statistics.median(result["tokens_per_s"] for result in results) for side, results in seen.items()}
+    rates = {
+        side: statistics.median(result["tokens_per_s"] for result in results)
+        for side, results in seen.items()
+    }
     processes, threads = PLACES[cell.place]
     peak = statistics.median(result["peak_flops"] for result in seen["muster"])
     flops = seen["muster"][0]["flops_per_token"]
@@ -105,8 +121,14 @@ def launch(side: str, cell: Cell, steps: int) -> dict[str, float]:
             "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", __file__, "--side", side, "--size", cell.size,
             "--precision", cell.precision, "--place", cell.place, "--steps", str(steps), "--out", str(out),
         ]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, cwd=scratch, check=False
+        )
         if done.returncode != 0:
             sys.exit(f"{side} failed in {cell}:\n{done.stderr[:3000]}")
         result: dict[str, float] = json.loads(out.read_text())
@@ -135,7 +157,12 @@ def run_muster(cell: Cell, steps: int, out: Path) -> None:
         peak = gemm_peak_flops(COMPUTE_DTYPE[cell.precision], world.device)
         torch.set_num_threads(threads)
         if world.is_first:
-            _write(out, ends, tokens, {"peak_flops": peak, "flops_per_token": plan.spec.flops_per_token(SEQUENCE)})
+            _write(
+                out,
+                ends,
+                tokens,
+                {"peak_flops": peak, "flops_per_token": plan.spec.flops_per_token(SEQUENCE)},
+            )
 
 
 def _muster_plan(cell: Cell, ranks: int) -> Any:
@@ -192,15 +219,19 @@ def run_transformers(cell: Cell, steps: int, out: Path) -> None:
 
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     total = WARM_UP_STEPS + steps
-    samples = [row for step in range(total) for place in range(world) for row in _rows(cell, place, step)[:, :-1]]
+    samples = [
+        row for step in range(total) for place in range(world) for row in _rows(cell, place, step)[:, :-1]
+    ]
     dataset = [{"input_ids": torch.from_numpy(row), "labels": torch.from_numpy(row)} for row in samples]
     with tempfile.TemporaryDirectory() as scratch:
         arguments = transformers.TrainingArguments(
             output_dir=scratch, use_cpu=True, bf16=cell.precision == "bf16", max_steps=total,
-            per_device_train_batch_size=shape["rows"], optim="adamw_torch_fused", max_grad_norm=1.0, logging_strategy="no",
-            save_strategy="no", report_to=[], disable_tqdm=True, ddp_backend="gloo" if world > 1 else None,
+            per_device_train_batch_size=shape["rows"], optim="adamw_torch_fused", max_grad_norm=1.0,
+            logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True, ddp_backend="gloo" if world > 1 else None,
         )  # fmt: skip
-        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[Clock()])
+        trainer = transformers.Trainer(
+            model=model, args=arguments, train_dataset=dataset, callbacks=[Clock()]
+        )
         trainer.train()
     if rank == 0:
         _write(out, ends, world * shape["rows"] * SEQUENCE, {})
@@ -218,7 +249,9 @@ def _rows(cell: Cell, rank: int, step: int) -> Any:
 def _write(out: Path, ends: list[float], tokens: int, extra: dict[str, float]) -> None:
     import resource
 
-    timed = [after - before for before, after in zip(ends[WARM_UP_STEPS - 1 :], ends[WARM_UP_STEPS:], strict=False)]
+    timed = [
+        after - before for before, after in zip(ends[WARM_UP_STEPS - 1 :], ends[WARM_UP_STEPS:], strict=False)
+    ]
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rate = tokens / statistics.median(timed)
     out.write_text(json.dumps({"tokens_per_s": rate, "rss_bytes": rss} | extra))
@@ -226,7 +259,11 @@ def _write(out: Path, ends: list[float], tokens: int, extra: dict[str, float]) -
 
 def machine() -> str:
     model = next(
-        (row.split(":")[1].strip() for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("model name")),
+        (
+            row.split(":")[1].strip()
+            for row in Path("/proc/cpuinfo").read_text().splitlines()
+            if row.startswith("model name")
+        ),
         platform.processor(),
     )
     return f"{model}, {os.cpu_count()} cores"
@@ -241,7 +278,9 @@ def versions() -> dict[str, str]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side of a cell")
     parser.add_argument("--quick", action="store_true", help="one short round: does it run, not how fast")

@@ -1,4 +1,4 @@
-"""From text to an endpoint on this machine: what `make demo` runs. Every step is a `muster` command, shown as it is run.
+"""From text to an endpoint on this machine: what `make demo` runs. Every step is a `muster` command, shown as it runs.
 
 Safe to run again: it says what it reuses, and resumes what was cut short. Fails if the model
 did not learn more about the held-out files than `gzip -9` knows.
@@ -36,10 +36,13 @@ def main() -> None:
     say("2. How good is it? Bits per byte on files that it never saw, beside gzip -9 on the same files")
     figures = json.loads(muster("eval", RUN, "--json", capture=True))
     squeezed, held_out_bytes = gzip_bits_per_byte()
-    print(f"   {figures['bytes']} bytes held out: model {figures['bits_per_byte']:.3f}, gzip -9 {squeezed:.3f} bits per byte")
+    learnt = figures["bits_per_byte"]
+    print(f"   {figures['bytes']} bytes held out: model {learnt:.3f}, gzip -9 {squeezed:.3f} bits per byte")
     if held_out_bytes != figures["bytes"]:
-        sys.exit(f"demo: gzip saw {held_out_bytes} bytes, but the model {figures['bytes']}: the comparison is not fair")
-    if not figures["bits_per_byte"] < squeezed:
+        sys.exit(
+            f"demo: gzip saw {held_out_bytes} bytes, but the model {figures['bytes']}: the comparison is not fair"
+        )
+    if not learnt < squeezed:
         sys.exit("demo: the model is not better than gzip: it has learnt nothing worth serving")
     say("3. Export to a Hugging Face folder, compared with what transformers computes from it")
     muster("export", RUN)
@@ -78,7 +81,10 @@ def train_with_an_interruption() -> None:
 
 def newest_step() -> int | None:
     folders = (RUN / "checkpoints").glob("step-*/manifest.json")
-    return max((int(re.sub(r"\D", "", path.parent.name)) for path in folders if path.parent.suffix != ".partial"), default=None)
+    return max(
+        (int(re.sub(r"\D", "", path.parent.name)) for path in folders if path.parent.suffix != ".partial"),
+        default=None,
+    )
 
 
 def state() -> str:
@@ -136,7 +142,9 @@ def summary(figures: dict[str, float], squeezed: float, seconds: float) -> None:
     say(f"Done in {seconds / 60:.1f} minutes")
     print(f"   run      {here}  (checkpoints, events.jsonl, metrics.jsonl)")
     print(f"   model    {here / 'hf'}  (loads in transformers)")
-    print(f"   quality  {figures['bits_per_byte']:.3f} bits per byte on held-out files; gzip -9 needs {squeezed:.3f}")
+    print(
+        f"   quality  {figures['bits_per_byte']:.3f} bits per byte on held-out files; gzip -9 needs {squeezed:.3f}"
+    )
     print("   next     " + f"{relative(MUSTER)} chat {here}")
     print("            " + f"{relative(MUSTER)} serve {here}")
     print("            " + f"{relative(MUSTER)} init mine && {relative(MUSTER)} train mine.yaml")
@@ -153,7 +161,10 @@ def muster(*arguments: object, capture: bool = False, quiet: bool = False) -> st
 
 
 def show(command: list[str]) -> None:
-    print(f"   $ {' '.join(['muster', *(os.path.relpath(part) if os.sep in part else part for part in command[3:])])}", flush=True)
+    print(
+        f"   $ {' '.join(['muster', *(os.path.relpath(part) if os.sep in part else part for part in command[3:])])}",
+        flush=True,
+    )
 
 
 def relative(command: list[str]) -> str:

@@ -13,7 +13,8 @@ LEFT_OUT = {"torch", "musterllm", "pip", "setuptools", "wheel"}
 
 def main() -> None:
     pins = {
-        distribution.metadata["Name"].lower().replace("_", "-"): distribution.version for distribution in distributions()
+        distribution.metadata["Name"].lower().replace("_", "-"): distribution.version
+        for distribution in distributions()
     }
     lines = [f"{name}=={version}" for name, version in sorted(pins.items()) if name not in LEFT_OUT]
     target = Path(__file__).parent.parent / "constraints.txt"

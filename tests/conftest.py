@@ -24,6 +24,7 @@ _PRELOAD = [
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "torch.distributed.checkpoint",
+    "torch._dynamo",
     "muster.train.entry",
 ]
 _DEADLINE_S = 120.0
@@ -46,7 +47,9 @@ def run_ranks() -> RunRanks:
         pipes, processes = [], []
         for rank in range(ranks):
             here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(rank, ranks, port, there, function, args), daemon=True)
+            process = context.Process(
+                target=_rank, args=(rank, ranks, port, there, function, args), daemon=True
+            )
             process.start()
             there.close()
             pipes.append(here)

@@ -57,12 +57,18 @@ def test_rooms_import_only_from_lower_floors() -> None:
 
 
 def test_model_math_does_not_know_distribution() -> None:
-    wrong = [f"{path}:{line}" for path, module, line in imports() if room(path) == "model" and "distributed" in module]
+    wrong = [
+        f"{path}:{line}"
+        for path, module, line in imports()
+        if room(path) == "model" and "distributed" in module
+    ]
     assert not wrong
 
 
 def test_nothing_that_executes_data_is_imported() -> None:
-    wrong = [f"{path}:{line}: {module}" for path, module, line in imports() if module.split(".")[0] in EXECUTING]
+    wrong = [
+        f"{path}:{line}: {module}" for path, module, line in imports() if module.split(".")[0] in EXECUTING
+    ]
     assert not wrong
 
 
@@ -73,7 +79,9 @@ def test_nothing_that_executes_data_is_called() -> None:
             if not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)
-            remote = any(key.arg == "trust_remote_code" and ast.unparse(key.value) == "True" for key in node.keywords)
+            remote = any(
+                key.arg == "trust_remote_code" and ast.unparse(key.value) == "True" for key in node.keywords
+            )
             objects = "gather_object" in called or "broadcast_object" in called or "scatter_object" in called
             if called in {"eval", "exec", "torch.load"} or remote or objects:
                 wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {called}")
@@ -81,5 +89,9 @@ def test_nothing_that_executes_data_is_called() -> None:
 
 
 def test_files_stay_small() -> None:
-    long = {str(path.relative_to(PACKAGE)): lines for path in PACKAGE.rglob("*.py") if (lines := len(path.read_text().splitlines())) > 400}
+    long = {
+        str(path.relative_to(PACKAGE)): lines
+        for path in PACKAGE.rglob("*.py")
+        if (lines := len(path.read_text().splitlines())) > 400
+    }
     assert not long, "look for the seam"

@@ -20,7 +20,15 @@ def write_corpus(folder: Path) -> None:
 def tiny(**changes: Any) -> dict[str, Any]:
     run: dict[str, Any] = {
         "name": "tiny",
-        "model": {"family": "llama", "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "context": 32, "tied": True},
+        "model": {
+            "family": "llama",
+            "layers": 2,
+            "width": 32,
+            "heads": 4,
+            "kv_heads": 2,
+            "context": 32,
+            "tied": True,
+        },
         "data": {"train": [{"files": "*.py"}], "held_out": 0.1},
         "train": {
             "tokens": STEPS * 256,

@@ -1,4 +1,4 @@
-"""The shelf of checkpoints on plain files: damage is found and named, the newest sound one is chosen, the rest retained."""
+"""The shelf of checkpoints: damage is found and named, the newest sound one is taken, old ones go."""
 
 from __future__ import annotations
 

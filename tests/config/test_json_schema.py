@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 from muster.config.load import parse_run, run_schema
@@ -31,9 +33,7 @@ def test_a_valid_file_has_the_shape_that_it_describes() -> None:
     def check(value: dict[str, Any], definition: dict[str, Any]) -> None:
         assert set(definition.get("required", [])) <= value.keys() <= definition["properties"].keys()
         for key, entry in value.items():
-            part = definition["properties"][key]
-            below = [part, *part.get("oneOf", []), *part.get("anyOf", [])]
-            references = [option["$ref"].rpartition("/")[2] for option in below if "$ref" in option]
+            references = re.findall(r'"#/\$defs/(\w+)"', json.dumps(definition["properties"][key]))
             if isinstance(entry, dict):
                 check(entry, found[references[0]])
 

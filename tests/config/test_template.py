@@ -32,7 +32,7 @@ def test_a_written_file_documents_every_key() -> None:
     text = render("mine", "tiny", "mine.yaml")
     for section in (Run, *sections_of(Run).values()):
         for key in keys_of(section):
-            assert re.search(rf"^ *#?(- )?{key}:", text, re.MULTILINE), key
+            assert re.search(rf"^ *#? *(- )?{key}:", text, re.MULTILINE), key
             assert help_of(section, key)
 
 

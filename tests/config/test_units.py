@@ -58,7 +58,13 @@ def test_counts_are_exact(count: int) -> None:
 
 
 def test_seconds_and_fractions() -> None:
-    assert [parse_seconds(text) for text in ("90", "500ms", "2m", "1.5h", "1d")] == [90, 0.5, 120, 5400, 86400]
+    assert [parse_seconds(text) for text in ("90", "500ms", "2m", "1.5h", "1d")] == [
+        90,
+        0.5,
+        120,
+        5400,
+        86400,
+    ]
     assert [parse_fraction(text) for text in ("2%", 0.02, "100%", 0, "0.1%")] == [0.02, 0.02, 1, 0, 0.001]
     with pytest.raises(ValueError, match="between 0% and 100%, but is 200%"):
         parse_fraction(2)
@@ -73,6 +79,11 @@ def test_intervals_read_back_equal(written: str) -> None:
 
 def test_intervals() -> None:
     assert parse_every("100steps") == Every(steps=100)
-    for written, said in ((3, "say its unit"), ("0s", "more than 0"), ("1.5 steps", "whole number"), ("2x", "use ms")):
+    for written, said in (
+        (3, "say its unit"),
+        ("0s", "more than 0"),
+        ("1.5 steps", "whole number"),
+        ("2x", "use ms"),
+    ):
         with pytest.raises(ValueError, match=said):
             parse_every(written)

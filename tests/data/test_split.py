@@ -88,10 +88,7 @@ def test_tokenizer_choices(write: Write, section: Section, tmp_path: Path) -> No
         tokenizer_folder=tmp_path / "t",
     )
     assert f"the text yields only {trained.tokenizer.vocab} of 5000 tokens" in trained.report.tokenizer
-    for data, model_folder in (
-        (section("*.txt", tokenizer="t/tokenizer.json"), None),
-        (section("*.txt"), tmp_path / "t"),
-    ):
-        corpus = prepare(data, tmp_path, tmp_path / "c", model_folder=model_folder)
+    for path in ("t", "t/tokenizer.json", str(tmp_path / "t")):
+        corpus = prepare(section("*.txt", tokenizer=path), tmp_path, tmp_path / "c")
         assert corpus.tokenizer.digest == trained.tokenizer.digest
     assert prepare(section("*.txt"), tmp_path, tmp_path / "c").tokenizer.vocab == 257

@@ -73,9 +73,10 @@ def finish(builder: subprocess.Popen[str]) -> list[int]:
 
 
 def content(cache: Path) -> dict[str, bytes]:
-    """Every file of a cache but the lock."""
-    files = (path for path in cache.rglob("*") if path.is_file())
-    return {str(path.relative_to(cache)): path.read_bytes() for path in files if path.name != "lock"}
+    """Every file of a cache but the lock, and the catalogues, which come only when the files have settled."""
+    files = (path for path in cache.rglob("*") if path.is_file() and path.name != "lock")
+    kept = (path for path in files if not path.match("catalogues/*.json"))
+    return {str(path.relative_to(cache)): path.read_bytes() for path in kept}
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -249,3 +250,20 @@ def test_large_vocabularies_take_four_bytes(
     found = prepared(section("corpus/*"), corpus.parent)
     assert found.train[0].read(0, 3).dtype == np.uint32
     assert found.tokenizer.decode(train_ids(found)).startswith("file 0")
+
+
+def test_cache_that_cannot_be_made(corpus: Path, section: Section) -> None:
+    (corpus.parent / "file").touch()
+    with pytest.raises(DataError, match=r"cache folder .*file/cache cannot be made \(Not a directory\)"):
+        prepare(section("corpus/*"), corpus.parent, corpus.parent / "file" / "cache")
+
+
+def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(
+    tmp_path: Path, section: Section, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("muster.data.textfile.PART_BYTES", 3000)
+    monkeypatch.setattr("muster.data.parts.cuts.__defaults__", (700,))
+    text = Path(json.__file__).with_name("encoder.py").read_text("utf-8")
+    (tmp_path / "long.py").write_text(text, "utf-8")
+    corpus = prepared(section("long.py", held_out=0, tokenizer=BPE), tmp_path)
+    assert train_ids(corpus)[1:] == corpus.tokenizer.encode(text)

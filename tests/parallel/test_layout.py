@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tests.toy import tiny
 
 from muster.config.load import load_resolved
 from muster.errors import ConfigError
 from muster.parallel.layout import Layout, resolve
-from tests.toy import tiny
 
 
-def decide(layout: Any = "auto", *, cores: int = 2, gpus: int = 0, ranks: int | None = None, **train: Any) -> Layout:
+def decide(
+    layout: Any = "auto", *, cores: int = 2, gpus: int = 0, ranks: int | None = None, **train: Any
+) -> Layout:
     run = tiny(layout=layout)
     run["train"] = {"tokens": 100_000, "batch_tokens": 4096} | train
     return resolve(load_resolved(run), context=32, cores=cores, gpus=gpus, ranks=ranks)

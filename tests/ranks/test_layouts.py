@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tests.toy import STEPS, tiny, train_here, write_corpus
 
 TOLERANCE = 1e-5
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -50,12 +50,16 @@ def test_same_curve_as_one_rank(
     for ours, reference in zip(metrics, single, strict=True):
         for key in ("loss", "gradient_norm", "held_out_loss", "held_out_bits_per_byte", "held_out_tokens"):
             if key in reference:
-                assert ours[key] == pytest.approx(reference[key], rel=TOLERANCE), f"{key} at step {ours['step']}"
+                assert ours[key] == pytest.approx(reference[key], rel=TOLERANCE), (
+                    f"{key} at step {ours['step']}"
+                )
                 compared += 1
     assert compared >= 2 * STEPS
 
 
-def test_bf16_follows_fp32(corpus: Path, single: list[dict[str, Any]], run_ranks: Any, tmp_path: Path) -> None:
+def test_bf16_follows_fp32(
+    corpus: Path, single: list[dict[str, Any]], run_ranks: Any, tmp_path: Path
+) -> None:
     run = tiny(layout={"replicate": 2})
     run["train"] = run["train"] | {"precision": "bf16"}
     metrics = run_ranks(2, train_here, run, str(corpus), str(tmp_path / "tiny"))[0]
@@ -64,8 +68,12 @@ def test_bf16_follows_fp32(corpus: Path, single: list[dict[str, Any]], run_ranks
             assert ours["loss"] == pytest.approx(reference["loss"], rel=5e-3)
 
 
-def test_a_planted_fault_is_seen(corpus: Path, single: list[dict[str, Any]], run_ranks: Any, tmp_path: Path) -> None:
-    metrics = run_ranks(2, train_unsynced, tiny(layout={"replicate": 2}), str(corpus), str(tmp_path / "tiny"))[0]
+def test_a_planted_fault_is_seen(
+    corpus: Path, single: list[dict[str, Any]], run_ranks: Any, tmp_path: Path
+) -> None:
+    metrics = run_ranks(
+        2, train_unsynced, tiny(layout={"replicate": 2}), str(corpus), str(tmp_path / "tiny")
+    )[0]
     ours, reference = metrics[-1]["held_out_loss"], single[-1]["held_out_loss"]
     assert ours != pytest.approx(reference, rel=TOLERANCE), "a skipped all-reduce must not go unnoticed"
 

@@ -1,4 +1,4 @@
-"""Resuming: bit for bit on the same layout, exact on another one, from the newest sound checkpoint, never of another run."""
+"""Resuming: bit for bit on one layout, exact on another, from the newest sound checkpoint, never another run's."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.toy import STEPS, tiny, train_here, write_corpus
 
 from muster.checkpoint import shelf
 from muster.config.load import load_resolved
 from muster.errors import UsageError
 from muster.observe.records import read_jsonl
-from tests.toy import STEPS, tiny, train_here, write_corpus
 
 EVERY_STEP = {"every": "1 steps", "keep": 9}
 
@@ -57,7 +57,9 @@ def ranks_of(layout: dict[str, int]) -> int:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", [{}, {"replicate": 2}, {"shard": 2, "zero": 3}, {"shard": 4, "zero": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{}, {"replicate": 2}, {"shard": 2, "zero": 3}, {"shard": 4, "zero": 2}], ids=str
+)
 def test_resuming_is_bitwise(
     layout: dict[str, int], precision: str, corpus: Path, run_ranks: Any, tmp_path: Path
 ) -> None:
@@ -96,7 +98,11 @@ def test_resuming_on_another_layout(
     assert all(np.array_equal(saved[name].numpy(), loaded[name]) for name in saved)
     run_ranks(ranks_of(resumed_on), train_here, second, str(corpus), str(moved))
     losses = [
-        [record["held_out_loss"] for record in read_jsonl(folder / "metrics.jsonl") if "held_out_loss" in record][-1]
+        [
+            record["held_out_loss"]
+            for record in read_jsonl(folder / "metrics.jsonl")
+            if "held_out_loss" in record
+        ][-1]
         for folder in (straight, moved)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -112,7 +118,9 @@ def whole_weights_after_loading(run: dict[str, Any], base: str, folder: str) -> 
     from muster.train.trainee import Trainee
 
     with join() as world:
-        plan = planning.make(load_resolved(run), base=Path(base), folder=Path(folder), gpus=0, ranks=world.size)
+        plan = planning.make(
+            load_resolved(run), base=Path(base), folder=Path(folder), gpus=0, ranks=world.size
+        )
         trainee = Trainee(plan, world)
         with Report(plan, world) as report:
             assert saves.resume(trainee, plan, world, report) == STEPS // 2
@@ -122,7 +130,9 @@ def whole_weights_after_loading(run: dict[str, Any], base: str, folder: str) -> 
         }
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_resumed(corpus: Path, run_ranks: Any, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_resumed(
+    corpus: Path, run_ranks: Any, tmp_path: Path
+) -> None:
     run, folder = tiny(layout={"replicate": 2}, checkpoint=EVERY_STEP), tmp_path / "run"
     run_ranks(2, train_and_stop, run, str(corpus), str(folder), 3)
     victim = shelf.folder_of(folder / "checkpoints", 3) / "rank-00000.safetensors"
@@ -131,7 +141,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_resumed(corpus: Path, 
     victim.write_bytes(content)
     run_ranks(2, train_here, run, str(corpus), str(folder))
     events = read_jsonl(folder / "events.jsonl")
-    assert "step-00000003" in next(event["message"] for event in events if event["event"] == "checkpoint-damaged")
+    assert "step-00000003" in next(
+        event["message"] for event in events if event["event"] == "checkpoint-damaged"
+    )
     assert [event["step"] for event in events if event["event"] == "resumed"] == [2]
     assert events[-1]["event"] == "finished"
 
@@ -148,9 +160,13 @@ def test_a_folder_of_another_configuration_is_refused(corpus: Path, tmp_path: Pa
         check(load_resolved(changed), base=corpus, folder=folder)
 
 
-def test_poisoned_weights_stop_with_the_step_and_the_parameter(corpus: Path, run_ranks: Any, tmp_path: Path) -> None:
+def test_poisoned_weights_stop_with_the_step_and_the_parameter(
+    corpus: Path, run_ranks: Any, tmp_path: Path
+) -> None:
     with pytest.raises(RuntimeError, match=r"step 3: .*not finite, first in layers\.1\.mlp\.up\.weight"):
-        run_ranks(2, train_poisoned, tiny(layout={"shard": 2, "zero": 3}), str(corpus), str(tmp_path / "tiny"))
+        run_ranks(
+            2, train_poisoned, tiny(layout={"shard": 2, "zero": 3}), str(corpus), str(tmp_path / "tiny")
+        )
     assert read_jsonl(tmp_path / "tiny" / "events.jsonl")[-1]["event"] == "failed"
 
 

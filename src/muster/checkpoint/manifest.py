@@ -64,7 +64,9 @@ def read(folder: Path) -> Manifest:
         )
     for name in files:
         if Path(name).name != name:
-            raise CheckpointError(f"{path} names a file outside its folder ({name}): do not use this checkpoint")
+            raise CheckpointError(
+                f"{path} names a file outside its folder ({name}): do not use this checkpoint"
+            )
     return manifest
 
 
@@ -80,7 +82,9 @@ def verify(folder: Path) -> Manifest:
                 f"{path} has {path.stat().st_size} bytes instead of {expected.bytes}: use an older checkpoint"
             )
         if sum_file(path) != expected:
-            raise CheckpointError(f"{path} does not match its SHA-256 (flipped bits): use an older checkpoint")
+            raise CheckpointError(
+                f"{path} does not match its SHA-256 (flipped bits): use an older checkpoint"
+            )
     return manifest
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor, Replicate
 
 from muster.checkpoint.manifest import FileSum, sum_file, write_synced
@@ -50,7 +50,8 @@ def write_shards(state: State, folder: Path, rank: int) -> None:
     except OSError as error:
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise DoesNotFit(
-            f"cannot write {size / 1e6:.0f} MB of checkpoint to {folder} ({error.strerror}): free some space, or lower checkpoint.keep"
+            f"cannot write {size / 1e6:.0f} MB of checkpoint to {folder} ({error.strerror}): free some space, "
+            f"or lower checkpoint.keep"
         ) from error
 
 
@@ -83,7 +84,9 @@ def _owns(tensor: Tensor, rank: int) -> bool:
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None
     return all(
-        index == 0 for index, placement in zip(coordinate, tensor.placements, strict=True) if isinstance(placement, Replicate)
+        index == 0
+        for index, placement in zip(coordinate, tensor.placements, strict=True)
+        if isinstance(placement, Replicate)
     )
 
 

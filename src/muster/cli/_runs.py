@@ -16,6 +16,8 @@ def read_run(folder: Path) -> Run:
     try:
         return load_resolved(json.loads(record.read_text())["run"])
     except FileNotFoundError:
-        raise UsageError(f"{folder} is not a run folder: it has no run.json; `muster runs` lists them") from None
-    except (ValueError, KeyError) as error:
-        raise UsageError(f"{record} cannot be read ({error})") from None
+        raise UsageError(
+            f"{folder} is no run folder: it has no run.json; `muster runs` lists the runs"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{record} cannot be read ({error}): restore that file") from None

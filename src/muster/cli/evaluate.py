@@ -36,8 +36,8 @@ def evaluate(path: Path, *files: str, json_: bool = False, tasks: str | None = N
         from muster.export.harness import run_tasks
 
         folder = path / "hf" if (path / "run.json").is_file() else path
-        figures = run_tasks(folder, tasks.split(","))
-        sys.stdout.write(json.dumps(figures, indent=1) + "\n")
+        results = run_tasks(folder, tasks.split(","))
+        sys.stdout.write(json.dumps(results, indent=1) + "\n")
         return
     is_run = (path / "run.json").is_file()
     if not files and not is_run:
@@ -65,10 +65,16 @@ def evaluate(path: Path, *files: str, json_: bool = False, tasks: str | None = N
         batches = EvaluationBatches(streams, tokenizer, sequence, max(_BATCH_TOKENS // sequence, 1))
         device = torch.device("cpu")
         figures = evaluation.evaluate(
-            lambda batch: summed_loss(model, batch, device, mask_documents=masked), batches, World(0, 1, device)
+            lambda batch: summed_loss(model, batch, device, mask_documents=masked),
+            batches,
+            World(0, 1, device),
         )
     if json_:
-        facts = {"loss": figures.loss, "perplexity": figures.perplexity, "bits_per_byte": figures.bits_per_byte}
+        facts = {
+            "loss": figures.loss,
+            "perplexity": figures.perplexity,
+            "bits_per_byte": figures.bits_per_byte,
+        }
         sys.stdout.write(json.dumps(facts | {"tokens": figures.tokens, "bytes": figures.bytes}) + "\n")
         return
     sys.stdout.write(
@@ -89,7 +95,9 @@ def _streams(path: Path, files: Sequence[str]) -> Iterator[Sequence[TokenStream]
         record = json.loads((path / "run.json").read_text())
         held_out = prepare(read_run(path).data, Path(record["base"]), path.parent / "cache").held_out
         if not held_out:
-            raise UsageError(f"{path} trained with held_out: 0, so nothing was kept out: name the files to score")
+            raise UsageError(
+                f"{path} trained with held_out: 0, so nothing was kept out: name the files to score"
+            )
         yield held_out
         return
     folder = path / "tokenizer" if (path / "run.json").is_file() else path

@@ -51,7 +51,8 @@ def explain(error: ErrorDetails) -> str:
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return "required"
     got = f"(got {_shown(error['input'])})"
-    if error["loc"][-1] in ("<section>", "<word>"):
+    wrong_kind = kind in ("dataclass_type", "literal_error", "string_type")
+    if wrong_kind and error["loc"][-1] in ("<section>", "<word>"):
         return f"should be {_choices(path)} {got}"
     if kind == "dataclass_type":
         return f"should be a section with keys such as {', '.join(keys_of(_section(path))[:3])} {got}"

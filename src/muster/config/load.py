@@ -124,7 +124,8 @@ class _Draft:
         except LookupError as error:
             self._refuse(said, (), str(error))
             return
-        self._overrides[path] = said
+        self._overrides.pop(path, None)
+        self._overrides[path] = said  # the latest comes last
         for below, _, what in value.faults:
             self._refuse(said, (*path, *below), what)
 
@@ -138,17 +139,21 @@ class _Draft:
                 self._find(path_of(error), explain(error))
         if self._problems or run is None:
             # The first fault of a place is its cause; what it led to needs no second sentence.
-            faults = {(fault.path, fault.place, fault.override): fault for fault in reversed(self._problems)}
+            first: dict[Any, _Problem] = {}
+            for problem in self._problems:
+                first.setdefault((problem.path, problem.place, problem.override), problem)
             ordered = sorted(
-                faults.values(), key=lambda fault: (fault.override is not None, fault.place or (0, 0))
+                first.values(), key=lambda fault: (fault.override is not None, fault.place or (0, 0))
             )
             raise ConfigError([problem.render(self._file) for problem in ordered])
         return run
 
     def _find(self, path: KeyPath, what: str) -> None:
         # An override answers for what it set, for what is below that, and for the sections it reached into.
-        touching = (key for key in self._overrides if path[: len(key)] == key or key[: len(path)] == path)
-        said = self._overrides.get(next(touching, ()))
+        owners = (
+            key for key in reversed(self._overrides) if path[: len(key)] == key or key[: len(path)] == path
+        )
+        said = self._overrides.get(next(owners, ()))
         nearest = (path[:end] for end in range(len(path), -1, -1))
         place = next((self._places[above] for above in nearest if above in self._places), None)
         self._problems.append(_Problem(path, what, None if said else place, said))
@@ -164,9 +169,9 @@ def _set(plain: dict[str, Any], names: Sequence[str], value: Any) -> KeyPath:
     for depth, name in enumerate(names, 1):
         step: str | int = name
         if isinstance(target, list):
-            if not (name.isdecimal() and int(name) < len(target)):
+            if not (name.isdecimal() and len(name) < 10 and int(name) < len(target)):
                 dotted = ".".join(names[: depth - 1])
-                raise LookupError(f"{dotted} has {len(target)} entries, from 0, and no {name}")
+                raise LookupError(f"{dotted} is a list of {len(target)}, counted from 0, and has no {name}")
             step = int(name)
         path = (*path, step)
         if depth == len(names):

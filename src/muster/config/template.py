@@ -18,6 +18,7 @@ from muster.config.schema import Run
 Template = Literal["tiny", "small", "finetune"]
 
 _WIDTH = 100
+_ON_ONE_LINE = ("tokenizer", "layout")  # a section or a word; what the section may hold is told above it
 _HEAD = """\
 # A run of muster; train it with `muster train {file}`.
 # A key after a bare # shows its default: to change it, remove the # (and that of its section, if it has one).
@@ -96,9 +97,10 @@ def _lines(section: Any, values: dict[str, Any] | None, depth: int) -> Iterator[
     for key in sorted(keys_of(section), key=lambda key: key not in given):
         pad = "  " * depth
         below = sections_of(section).get(key)
-        yield from (
-            pad + line for line in textwrap.wrap(f"# {help_of(section, key)}", _WIDTH, subsequent_indent="# ")
-        )
+        yield from _prose(pad, help_of(section, key))
+        if key in _ON_ONE_LINE:
+            for part in keys_of(below):
+                yield from _prose(pad, f"{part}: {help_of(below, part)}", indent=2)
         if key in given:
             yield from _entry(pad, key, given[key], below, depth)
         elif isinstance(default := _default(section, key), dict):
@@ -110,8 +112,13 @@ def _lines(section: Any, values: dict[str, Any] | None, depth: int) -> Iterator[
             yield ""
 
 
+def _prose(pad: str, text: str, indent: int = 0) -> list[str]:
+    first = f"{pad}# {' ' * indent}"
+    return textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=first + " " * indent)
+
+
 def _entry(pad: str, key: str, value: Any, below: Any, depth: int) -> Iterator[str]:
-    if below is None or key == "tokenizer":
+    if below is None or key in _ON_ONE_LINE:
         yield f"{pad}{key}: {_flow(value)}"
         return
     yield f"{pad}{key}:"

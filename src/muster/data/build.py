@@ -26,6 +26,7 @@ _AHEAD = 2
 
 In = TypeVar("In")
 Out = TypeVar("Out")
+_Encoded = list[tuple[Text, NDArray[Any]]]
 
 
 def build(
@@ -35,23 +36,19 @@ def build(
     # One pipeline for all shards, so that no core waits where one of them ends.
     batches = ((path, batch) for path, texts in shards for batch in _batches(texts))
 
-    def encode(item: tuple[Path, list[Text]]) -> tuple[Path, list[Text], list[NDArray[Any]]]:
+    def encode(item: tuple[Path, list[Text]]) -> tuple[Path, _Encoded]:
         path, batch = item
-        return path, batch, tokenizer.encode_batch([text.text for text in batch])
+        return path, list(zip(batch, tokenizer.encode_batch([text.text for text in batch]), strict=True))
 
-    for path, encoded in groupby(_map_ahead(encode, batches), key=lambda item: item[0]):
-        yield _write(path, ((texts, ids) for _, texts, ids in encoded), split, tokenizer, progress)
+    for path, group in groupby(_map_ahead(encode, batches), key=lambda item: item[0]):
+        yield _write(path, (encoded for _, encoded in group), split, tokenizer, progress)
 
 
 def _write(
-    path: Path,
-    encoded: Iterable[tuple[list[Text], list[NDArray[Any]]]],
-    split: Split,
-    tokenizer: Tokenizer,
-    progress: Progress,
+    path: Path, batches: Iterable[_Encoded], split: Split, tokenizer: Tokenizer, progress: Progress
 ) -> Record:
     train, held_out = Side(), Side()
-    behind: list[NDArray[Any]] = []
+    held_out_tokens: list[NDArray[Any]] = []  # few, and written last
     crc32 = 0
     with atomic(path) as file:
 
@@ -60,45 +57,34 @@ def _write(
             crc32 = zlib.crc32(tokens.data, crc32)
             file.write(tokens.data)
 
-        for texts, ids in encoded:
-            sides = [split.is_held_out(text.document) for text in texts]
-            for is_held_out in (False, True):
-                chosen = [
-                    pair
-                    for pair, side in zip(zip(texts, ids, strict=True), sides, strict=True)
-                    if side == is_held_out
-                ]
-                tokens = _framed(chosen, tokenizer)
-                total = _total([text for text, _ in chosen], len(tokens))
-                if is_held_out:
-                    held_out, behind = held_out + total, [*behind, tokens]
-                else:
-                    train += total
-                    append(tokens)
-            progress.advance(sum(text.size_bytes for text in texts))
-        for tokens in behind:
+        for encoded in batches:
+            tokens, totals = _framed([e for e in encoded if not split.is_held_out(e[0].document)], tokenizer)
             append(tokens)
+            train += totals
+            tokens, totals = _framed([e for e in encoded if split.is_held_out(e[0].document)], tokenizer)
+            held_out_tokens.append(tokens)
+            held_out += totals
+            progress.advance(sum(text.size_bytes for text, _ in encoded))
+        append(np.concatenate(held_out_tokens))
         record = Record(train, held_out, crc32)
         file.write(record.footer())
     return record
 
 
-def _total(texts: list[Text], tokens: int) -> Side:
-    return Side(tokens, sum(text.begins for text in texts), sum(text.size_bytes for text in texts))
-
-
-def _framed(texts: Iterable[tuple[Text, NDArray[Any]]], tokenizer: Tokenizer) -> NDArray[Any]:
+def _framed(encoded: _Encoded, tokenizer: Tokenizer) -> tuple[NDArray[Any], Side]:
     """Ids of consecutive texts, bos where a document begins and, if that is another token, eos at its end."""
     bos = np.array([tokenizer.bos_id], tokenizer.dtype)
     eos = np.array([tokenizer.eos_id], tokenizer.dtype)
     pieces: list[NDArray[Any]] = [bos[:0]]
-    for text, ids in texts:
+    for text, ids in encoded:
         if text.begins:
             pieces.append(bos)
         pieces.append(ids)
         if text.ends and tokenizer.eos_id != tokenizer.bos_id:
             pieces.append(eos)
-    return np.concatenate(pieces)
+    tokens = np.concatenate(pieces)
+    documents, size_bytes = sum(e.begins for e, _ in encoded), sum(e.size_bytes for e, _ in encoded)
+    return tokens, Side(len(tokens), documents, size_bytes)
 
 
 def _batches(texts: Iterable[Text]) -> Iterator[list[Text]]:

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from muster.data.files import exclusive, remove_drafts
+from muster.errors import DataError
 
 
 class Cache:
@@ -24,8 +25,13 @@ class Cache:
         self.root = root
         self.catalogues, self.tokenizers = root / "catalogues", root / "tokenizers"
         self.shards, self.indexes = root / "shards", root / "indexes"
-        for folder in (self.catalogues, self.tokenizers, self.shards, self.indexes):
-            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for folder in (self.catalogues, self.tokenizers, self.shards, self.indexes):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"cache folder {root} cannot be made ({error.strerror}): mend that or run elsewhere"
+            ) from None
 
     def lock(self) -> AbstractContextManager[None]:
         """One process of the machine at a time; a killed one lets go of it."""

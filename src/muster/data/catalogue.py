@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from muster.config.schema import Source
 from muster.data import formats
@@ -82,9 +81,8 @@ def take(source: Source, base: Path, cache: Cache, progress: Progress) -> Catalo
     """
     files = list_files(source, base)
     path = cache.catalogues / f"{_key(source, files)}.json"
-    if path.is_file():
-        scans = [_scan_from(plain) for plain in json.loads(path.read_bytes())]
-    else:
+    scans = _remembered(path)
+    if scans is None:
         started_ns = time.time_ns()
         scans = _scan_all(files, source.text, progress)
         if max(file.changed_ns for file in files) < started_ns - _SETTLED_NS:
@@ -117,5 +115,9 @@ def _key(source: Source, files: list[File]) -> str:
     return hashlib.blake2b(content.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
-def _scan_from(plain: dict[str, Any]) -> Scan:
-    return Scan(**(plain | {"parts": [Part(**part) for part in plain["parts"]]}))
+def _remembered(path: Path) -> list[Scan] | None:
+    try:
+        plain = json.loads(path.read_bytes())
+        return [Scan(**(scan | {"parts": [Part(**part) for part in scan["parts"]]})) for scan in plain]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None

@@ -89,19 +89,17 @@ def prepare(
     *,
     progress: Progress | None = None,
     tokenizer_folder: Path | None = None,
-    model_folder: Path | None = None,
 ) -> Corpus:
     """Everything a run reads, tokenised; does only what no earlier call with the same `cache` has done.
 
-    `base` is the run file's folder, from which its paths start. Where the section names no tokenizer, it is
-    that of `model_folder`, else bytes; it is also written to `tokenizer_folder`. Safe to call from many
-    processes at once, and to kill. Raises DataError and MissingExtra.
+    `base` is the run file's folder, from which its paths start. The tokenizer (bytes, where the section names
+    none) is also written to `tokenizer_folder`. Safe to call from many processes at once, and to kill.
+    Raises DataError and MissingExtra.
     """
     shelf, progress = Cache(cache), progress or Silent()
     catalogues = [catalogue.take(source, base, shelf, progress) for source in section.train]
     splits = split(catalogues, section.held_out)
-    wanted = section.tokenizer or (str(model_folder.absolute()) if model_folder is not None else "byte")
-    tokenizer, origin = vocabulary.resolve(wanted, base, splits, shelf, progress)
+    tokenizer, origin = vocabulary.resolve(section.tokenizer or "byte", base, splits, shelf, progress)
     if tokenizer_folder is not None:
         tokenizer.save(tokenizer_folder)
     stores = [Store(part, tokenizer, shelf) for part in splits]

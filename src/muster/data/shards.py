@@ -85,12 +85,12 @@ class Shard:
 def read_record(path: Path, dtype: np.dtype[Any]) -> Record | None:
     """What a shard file holds, or None if it is absent, truncated or corrupt; reads all of it."""
     try:
-        content = path.read_bytes()
-        end = len(content) - 4 - int.from_bytes(content[-4:], "little")
-        record = Record.from_json(json.loads(content[end:-4]))
+        content = np.asarray(np.memmap(path, np.uint8, "r"))
+        end = len(content) - 4 - int.from_bytes(content[-4:].tobytes(), "little")
+        record = Record.from_json(json.loads(content[end:-4].tobytes()))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    is_sound = len(content) == record.file_bytes(dtype) and zlib.crc32(content[:end]) == record.crc32
+    is_sound = len(content) == record.file_bytes(dtype) and zlib.crc32(content[:end].data) == record.crc32
     return record if is_sound else None
 
 

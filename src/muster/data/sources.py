@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import os
 import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,42 +53,37 @@ def list_files(source: Source, base: Path) -> list[File]:
         return [_file(path, f"{source.hf}/{i}") for i, path in enumerate(arrow_files(source.hf))]
     assert source.files is not None
     patterns = [source.files] if isinstance(source.files, str) else source.files
+    excludes = (exclude.removeprefix(_STDLIB) for exclude in source.exclude)
+    excluded = [matcher(exclude if "/" in exclude else f"**/{exclude}") for exclude in excludes]
     found: dict[Path, str] = {}
+    matched = 0
     for pattern in patterns:
-        matches = dict(_expand(pattern, base))
-        if not matches:
+        root, names = _expand(pattern, base)
+        if not names:
             raise DataError(_nothing(pattern, base))
-        found = matches | found
-    excluded = [
-        matcher(p if "/" in p else f"**/{p}") for p in (e.removeprefix(_STDLIB) for e in source.exclude)
-    ]
-    kept = [
-        (name, path)
-        for path, name in found.items()
-        if not any(matches(name) or matches(_from_base(path, base)) for matches in excluded)
-    ]
-    if not kept:
-        raise DataError(
-            f"exclude leaves none of the {len(found)} files of {', '.join(patterns)}: exclude less"
-        )
-    return [_file(path, name) for name, path in sorted(kept)]
+        matched += len(names)
+        from_base = Path(os.path.relpath(root, base)).as_posix()
+        for name in names:
+            if not any(matches(name) or matches(f"{from_base}/{name}") for matches in excluded):
+                found.setdefault(root / name, name)
+    if not found:
+        raise DataError(f"exclude leaves none of the {matched} files of {', '.join(patterns)}: exclude less")
+    return [_file(path, name) for path, name in sorted(found.items(), key=lambda item: (item[1], item[0]))]
 
 
-def _expand(pattern: str, base: Path) -> Iterator[tuple[Path, str]]:
-    """Paths and names of the files that a glob matches."""
+def _expand(pattern: str, base: Path) -> tuple[Path, list[str]]:
+    """The folder where a glob's wildcards begin, and the names below it of the files that match."""
     without: tuple[str, ...] = ()
     if pattern.startswith(_STDLIB):
         root, rest = Path(sysconfig.get_path("stdlib")), pattern.removeprefix(_STDLIB)
         without = _INSTALLED
     else:
-        # The leading folders without wildcards, and what follows them: at least the last part.
         parts = (base / Path(pattern).expanduser()).parts
         fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
         root, rest = Path(*parts[:fixed]), "/".join(parts[fixed:])
     if glob.has_magic(rest):
-        yield from ((root / name, name) for name in walk(root, rest, without))
-    elif (root / rest).is_file():
-        yield root / rest, rest
+        return root, list(walk(root, rest, without))
+    return root, [rest] if (root / rest).is_file() else []
 
 
 def _nothing(pattern: str, base: Path) -> str:
@@ -99,10 +93,6 @@ def _nothing(pattern: str, base: Path) -> str:
         return f"{pattern} is a folder: write {pattern.rstrip('/')}/**/* or a narrower glob"
     where = base.resolve()
     return f"no file matches {pattern} in {where}: check the path, which starts from the run file's folder"
-
-
-def _from_base(path: Path, base: Path) -> str:
-    return Path(os.path.relpath(path, base)).as_posix()
 
 
 def _file(path: Path, name: str) -> File:

@@ -1,8 +1,8 @@
 """Text to token ids and back, around the `tokenizers` library: trained, loaded from tokenizer.json, or bytes.
 
 Text is text: a document that happens to contain `<|endoftext|>` encodes to the tokens of those
-13 characters and never to the special token, because a corpus (or a prompt from the network) must not
-be able to end a document. Chat templates, which do mean the special tokens they write, ask for it.
+13 characters and never to the special token, because neither a corpus nor a prompt from the network may
+end a document.
 """
 
 from __future__ import annotations
@@ -70,32 +70,24 @@ class Tokenizer:
         self.dtype: np.dtype[Any] = np.dtype("<u2" if self.vocab <= 1 << 16 else "<u4")
         """What the ids are stored as."""
 
-    def encode(self, text: str, *, specials: bool = False) -> list[int]:
-        """Ids of a text without bos or eos; `specials`: special tokens spelled in it become their ids."""
-        inner = self._with_specials if specials else self._inner
-        return inner.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without bos or eos."""
+        return self._inner.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
         """Ids of each text as `dtype`, on all cores."""
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
-    def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
-        """Text of some ids; special tokens leave nothing, or their names with `specials`."""
-        return self._inner.decode(list(ids), skip_special_tokens=not specials)
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some ids; special tokens leave nothing."""
+        return self._inner.decode(list(ids), skip_special_tokens=True)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical tokenizer.json and of the tokens that begin and end a text."""
         content = json.dumps([json.loads(self._inner.to_str()), self.bos, self.eos], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
-
-    @cached_property
-    def _with_specials(self) -> tokenizers.Tokenizer:
-        # A second object, because encode_special_tokens is a property of the whole tokenizer, not of a call.
-        inner = tokenizers.Tokenizer.from_str(self._inner.to_str())
-        inner.encode_special_tokens = False
-        return inner
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and what transformers needs beside it; an equal file is left untouched."""

@@ -45,11 +45,11 @@ def view(folder: Path) -> RunView | None:
     events = read_jsonl(folder / EVENTS, _TAIL_BYTES)
     metrics = read_jsonl(folder / METRICS, _TAIL_BYTES)
     times = [entry["time"] for entry in events + metrics if _is_number(entry.get("time"))]
-    ends = [entry["event"] for entry in events if entry.get("event") in _ENDS]
+    ends = [_ENDS[kind] for entry in events if (kind := str(entry.get("event"))) in _ENDS]
     steps = record.get("steps")
     return RunView(
         name=folder.name,
-        state="running" if in_use(folder) else _ENDS[ends[-1]] if ends else "new",
+        state="running" if in_use(folder) else ends[-1] if ends else "new",
         step=int(_last(events + metrics, "step") or 0),
         steps=steps if isinstance(steps, int) else None,
         loss=_last(metrics, "loss"),

@@ -7,6 +7,7 @@ are filled one parameter at a time, so that no rank holds the whole model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,13 @@ Value = Callable[[str, torch.Size], Tensor]
 
 
 def apply(
-    model: nn.Module, blocks: list[nn.Module], layout: Layout, mesh: DeviceMesh, *, compute: torch.dtype, value: Value
+    model: nn.Module,
+    blocks: list[nn.Module],
+    layout: Layout,
+    mesh: DeviceMesh,
+    *,
+    compute: torch.dtype,
+    value: Value,
 ) -> None:
     """Distribute `model` (on meta) in place over `mesh` and fill its parameters from `value`.
 
@@ -44,7 +51,9 @@ def fill(model: nn.Module, value: Value) -> None:
         if isinstance(parameter, DTensor):
             whole = whole.to(parameter.device)
             # Every rank makes the same values, so nothing needs to be sent.
-            parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
+            parameter.copy_(
+                distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            )
         else:
             parameter.copy_(whole)
 
@@ -53,10 +62,10 @@ def _recompute(block: nn.Module) -> None:
     """Activation recomputation (Chen et al. 2016): keep a block's input only, run it again in backward."""
     forward = block.forward
 
-    def recomputed(*args: object, **kwargs: object) -> object:
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         # The model draws no random numbers inside a block, so there is no RNG state to restore.
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
-    block.forward = recomputed  # type: ignore[method-assign]
+    block.forward = recomputed

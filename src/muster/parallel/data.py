@@ -27,10 +27,14 @@ def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
     """The data axes: (shard,), or (replicate, shard) where there are copies."""
     if layout.replicate == 1:
         return init_device_mesh(device.type, (layout.shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(
+        device.type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard")
+    )
 
 
-def shard(blocks: list[nn.Module], model: nn.Module, mesh: DeviceMesh, layout: Layout, compute: torch.dtype) -> None:
+def shard(
+    blocks: list[nn.Module], model: nn.Module, mesh: DeviceMesh, layout: Layout, compute: torch.dtype
+) -> None:
     """Apply FSDP2 to each block and then to the rest of the model (embedding, last norm and head together)."""
     policy = MixedPrecisionPolicy(
         param_dtype=compute if compute != torch.float32 else None,

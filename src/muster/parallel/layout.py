@@ -45,7 +45,9 @@ def sequences_per_batch(train: schema.Train, context: int) -> int:
     sequence = train.sequence or context
     if sequence > context:
         raise ConfigError(
-            [f"train.sequence: {sequence} tokens exceed the model's context of {context}; use {context} or less"]
+            [
+                f"train.sequence: {sequence} tokens exceed the model's context of {context}; use {context} or less"
+            ]
         )
     if train.batch_tokens % sequence:
         below = train.batch_tokens // sequence * sequence
@@ -78,16 +80,16 @@ def resolve(run: schema.Run, *, context: int, cores: int, gpus: int, ranks: int 
                     f"started; start {world}, or write layout: auto"
                 ]
             )
+    sequence = run.train.sequence or context
     if sequences % world:
         legal = [n for n in range(1, sequences + 1) if sequences % n == 0]
         raise ConfigError(
             [
                 f"layout: {world} ranks do not divide the batch of {sequences} sequences; use "
-                f"{_nearest(world, legal)} ranks, or train.batch_tokens={_round_up(sequences, world) * (run.train.sequence or context)}"
+                f"{_nearest(world, legal)} ranks, or train.batch_tokens={_round_up(sequences, world) * sequence}"
             ]
         )
     per_rank = sequences // world
-    sequence = run.train.sequence or context
     if said.microbatch is not None and per_rank % said.microbatch:
         legal = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
         raise ConfigError(
@@ -99,7 +101,9 @@ def resolve(run: schema.Run, *, context: int, cores: int, gpus: int, ranks: int 
     microbatch = said.microbatch
     if microbatch is None:
         budget = _GPU_MICROBATCH_TOKENS if gpus else _CPU_MICROBATCH_TOKENS
-        microbatch = max(n for n in range(1, per_rank + 1) if per_rank % n == 0 and (n == 1 or n * sequence <= budget))
+        microbatch = max(
+            n for n in range(1, per_rank + 1) if per_rank % n == 0 and (n == 1 or n * sequence <= budget)
+        )
         why += f"; microbatch {microbatch}: the most sequences within {budget} tokens, beyond which it gets no faster"
     default_zero: Literal[0, 1] = 0 if said.shard == 1 else 1
     return Layout(

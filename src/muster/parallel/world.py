@@ -75,5 +75,7 @@ def threads_per_rank() -> int:
 
 def usable_cores() -> int:
     """Physical cores that this process may run on."""
-    allowed = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count()
+    allowed = (
+        len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count()
+    )
     return max(min(psutil.cpu_count(logical=False) or 1, allowed or 1), 1)

@@ -38,12 +38,13 @@ def start_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> None:
     """
     import torch.distributed.launcher.api as launcher
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ["MUSTER_AGENT"] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", _threads(ranks))
     logs.mkdir(parents=True, exist_ok=True)
-    quiet = {local_rank: Std.ALL for local_rank in range(1, ranks)}
+    quiet = dict.fromkeys(range(1, ranks), Std.ALL)
     config = launcher.LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -61,13 +62,19 @@ def start_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise _explain(rank, failure.exitcode, Path(failure.error_file), logs) from None
-    except launcher.SignalException as received:
-        raise RankFailed(f"stopped by {signal.Signals(received.sigval).name}", 128 + received.sigval) from None
+    except SignalException as received:
+        raise RankFailed(
+            f"stopped by {signal.Signals(received.sigval).name}", 128 + received.sigval
+        ) from None
 
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """In a rank: leave an error where the agent finds it, and end with the error's exit code."""
+    """The body of a rank. Does not return: ends the process with 0, or with the error's code and a note for the agent.
+
+    The process ends without the interpreter's tear-down: threads of the process group that still run then
+    abort it now and then (seen once in some twenty runs), and after a failure the others may be stuck in a collective.
+    """
     _die_with_agent()
     try:
         yield
@@ -76,14 +83,11 @@ def reported() -> Iterator[None]:
         if target is None:
             raise
         known = isinstance(error, MusterError)
-        report = {
-            "message": str(error) if known else "".join(traceback.format_exception(error)),
-            "exit_code": error.exit_code if isinstance(error, MusterError) else 1,
-        }
-        Path(target).write_text(json.dumps(report))
-        # Straight out: the other ranks may be stuck in a collective that this one will never join.
-        sys.stdout.flush()
-        os._exit(int(report["exit_code"]))
+        message = str(error) if known else "".join(traceback.format_exception(error))
+        exit_code = error.exit_code if isinstance(error, MusterError) else 1
+        Path(target).write_text(json.dumps({"message": message, "exit_code": exit_code}))
+        _leave(exit_code)
+    _leave(0)
 
 
 def _explain(rank: int, exit_code: int, error_file: Path, logs: Path) -> RankFailed:
@@ -98,6 +102,12 @@ def _explain(rank: int, exit_code: int, error_file: Path, logs: Path) -> RankFai
         return RankFailed(f"rank {rank}: {report['message']}", report["exit_code"])
     except (OSError, ValueError, KeyError):
         return RankFailed(f"rank {rank} ended with exit code {exit_code}; its log is under {logs}", exit_code)
+
+
+def _leave(exit_code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _die_with_agent() -> None:

@@ -32,7 +32,13 @@ def check(run: schema.Run, *, base: Path, folder: Path, progress: Progress | Non
             )
     plan = planning.make(run, base=base, folder=folder, gpus=torch.cuda.device_count(), progress=progress)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"run": run.to_dict(), "digest": digest(run), "identity": identity(run), "base": str(base.resolve()), "steps": plan.steps}
+    content = {
+        "run": run.to_dict(),
+        "digest": digest(run),
+        "identity": identity(run),
+        "base": str(base.resolve()),
+        "steps": plan.steps,
+    }
     draft = folder / "run.json.partial"
     write_synced(draft, json.dumps(content, indent=1).encode())
     draft.rename(record)
@@ -42,10 +48,12 @@ def check(run: schema.Run, *, base: Path, folder: Path, progress: Progress | Non
 def describe(plan: Plan) -> list[str]:
     """What will be done and why, for the terminal."""
     spec, corpus, layout = plan.spec, plan.corpus, plan.layout
+    sizes = f"{count(spec.parameters())} parameters, context {spec.context}, vocabulary {spec.vocab}"
+    tokens = f"{count(corpus.train_tokens)} training tokens, {count(corpus.held_out_tokens)} held out"
     return [
         f"run     {plan.run.name} in {plan.folder}",
-        f"model   {spec.family}, {count(spec.parameters())} parameters, context {spec.context}, vocabulary {spec.vocab}",
-        f"data    {count(corpus.train_tokens)} training tokens, {count(corpus.held_out_tokens)} held out; {corpus.report}",
+        f"model   {spec.family}, {sizes}",
+        f"data    {tokens}; {corpus.report}",
         f"train   {plan.steps} steps of {plan.run.train.batch_tokens} tokens, {plan.run.train.precision}",
         f"layout  {layout} ({layout.reason})",
     ]

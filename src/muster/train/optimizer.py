@@ -25,7 +25,11 @@ class AdamW:
             {"params": vectors, "weight_decay": 0.0},
         ]
         self.torch = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+            [group for group in groups if group["params"]],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
         )
         for parameter in self._named.values():
             self.torch.state[parameter] = {

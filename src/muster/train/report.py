@@ -36,7 +36,9 @@ class Report:
         if self._active:
             self._log = RunLog(plan.folder)
             self._progress = RunProgress(plan.steps)
-            self._trackers: list[Tracker] = open_trackers(plan.run.track, plan.folder, plan.run.name, plan.run.to_dict())
+            self._trackers: list[Tracker] = open_trackers(
+                plan.run.track, plan.folder, plan.run.name, plan.run.to_dict()
+            )
 
     def begin(self, step: int) -> None:
         self.event("started", step=step, steps=self._plan.steps, layout=str(self._plan.layout))
@@ -89,7 +91,9 @@ class Report:
     def __enter__(self) -> Report:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._active:
             return
         if error is not None:

@@ -64,7 +64,11 @@ def save(trainee: Trainee, plan: Plan, world: World, report: Report, step: int) 
         identity=identity(plan.run),
         layout=asdict(plan.layout),
         model=asdict(plan.spec),
-        versions={"muster": muster.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        versions={
+            "muster": muster.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         files=collect_sums(partial, world.size),
     )
     path = shelf.commit(folder, step, content)

@@ -29,5 +29,3 @@ def learning_rate(step: int, steps: int, peak: float, schedule: schema.Schedule)
         decay = max(round(schedule.decay * steps), 1)
         share = 1 - (1 - floor) * max(step - (steps - 1 - decay), 0) / decay
     return peak * share
-
-

@@ -73,7 +73,7 @@ class Trainee:
         if norm != norm or norm == float("inf"):
             raise TrainingError(
                 f"step {step + 1}: loss {total / tokens:.4g}, gradient norm {norm}: not finite, first in "
-                f"{gradients.first_bad_parameter(self.model)}; lower train.optimizer.lr, or inspect the data of this step"
+                f"{gradients.first_bad_parameter(self.model)}; lower train.optimizer.lr, or look at this step's data"
             )
         train = self.plan.run.train
         if train.optimizer.clip is not None:

@@ -24,7 +24,7 @@ types: setup
 
 bench: setup
 	$(BIN)/python benchmarks/train_cpu.py --json benchmarks/results/train_cpu.json
-	$(BIN)/python benchmarks/tokenize.py --json benchmarks/results/tokenize.json
+	$(BIN)/python benchmarks/tokenizing.py --json benchmarks/results/tokenizing.json
 
 readme: setup
 	$(BIN)/python scripts/readme.py

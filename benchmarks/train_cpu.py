@@ -227,7 +227,8 @@ def run_transformers(cell: Cell, steps: int, out: Path) -> None:
         arguments = transformers.TrainingArguments(
             output_dir=scratch, use_cpu=True, bf16=cell.precision == "bf16", max_steps=total,
             per_device_train_batch_size=shape["rows"], optim="adamw_torch_fused", max_grad_norm=1.0,
-            logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True, ddp_backend="gloo" if world > 1 else None,
+            logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
+            ddp_backend="gloo" if world > 1 else None,
         )  # fmt: skip
         trainer = transformers.Trainer(
             model=model, args=arguments, train_dataset=dataset, callbacks=[Clock()]

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from scripts import readme
 
 
 @pytest.mark.timeout(600)
 def test_readme_sessions_run_as_shown(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "scripts" / "readme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
-    sessions = readme.sessions((ROOT / "README.md").read_text())
+    sessions = readme.sessions(readme.README.read_text())
     assert sum(len(session) for session in sessions) >= 6
     with ExitStack() as stack:
         for session in sessions:

@@ -81,6 +81,7 @@ def test_where_sequences_begin_and_end(copy: Path) -> None:
     config = copy / "tokenizer_config.json"
     bos = TextCodec.from_folder(copy).tokenizer.bos_id
     config.write_text("{}")
+    edit(copy / "tokenizer.json", post_processor=None)
     assert TextCodec.from_folder(copy).begin == ()
     assert TextCodec.from_folder(copy).encode("") == (bos,)
     edit(config, add_bos_token=True)

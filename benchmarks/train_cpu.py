@@ -56,7 +56,7 @@ def main() -> None:
     for cell in cells:
         rows.append(
             compare(
-                cell, rounds=1 if arguments.quick else arguments.rounds, steps=2 if arguments.quick else 6
+                cell, rounds=1 if arguments.quick else arguments.rounds, steps=2 if arguments.quick else 5
             )
         )
         print(line(rows[-1]), flush=True)
@@ -283,7 +283,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each side of a cell")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each side of a cell")
     parser.add_argument("--quick", action="store_true", help="one short round: does it run, not how fast")
     for name in ("side", "size", "precision", "place"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)

@@ -41,7 +41,10 @@ def sessions(markdown: str) -> list[list[Command]]:
 
 def run(command: Command, folder: Path, stack: ExitStack) -> tuple[int, str]:
     """Exit code and output of a command, run by a shell in `folder` with `muster` on its path."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "100"}
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "COLUMNS": "100",
+    }
     if command.text.endswith(" &"):
         return 0, stack.enter_context(_background(command.text[:-2], folder, environment))
     done = subprocess.run(

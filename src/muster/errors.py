@@ -1,15 +1,15 @@
 """One exception tree. Every message is one sentence: the cause, the figure, the next step.
 
-    MusterError            exit 1   anything a user can act on
-    ├── UsageError         exit 2   the command line, a run file, or an input file is wrong
-    │   ├── ConfigError    exit 2   a run file: all its problems at once, as file:line: path: what
-    │   ├── DataError      exit 2   a source, a tokenizer or a token store
-    │   └── MissingExtra   exit 2   an optional dependency is not installed
-    ├── CheckpointError    exit 1   no sound checkpoint, or one of another run
-    ├── TrainingError      exit 1   nan/inf, a rank that died
-    ├── DoesNotFit         exit 3   not enough memory or disk
-    ├── ParityError        exit 4   a conversion changed the numbers
-    └── Preempted          exit 75  stopped cleanly; run the same command again
+MusterError            exit 1   anything a user can act on
+├── UsageError         exit 2   the command line, a run file, or an input file is wrong
+│   ├── ConfigError    exit 2   a run file: all its problems at once, as file:line: path: what
+│   ├── DataError      exit 2   a source, a tokenizer or a token store
+│   └── MissingExtra   exit 2   an optional dependency is not installed
+├── CheckpointError    exit 1   no sound checkpoint, or one of another run
+├── TrainingError      exit 1   nan/inf, a rank that died
+├── DoesNotFit         exit 3   not enough memory or disk
+├── ParityError        exit 4   a conversion changed the numbers
+└── Preempted          exit 75  stopped cleanly; run the same command again
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ copies that FSDP2 gathers are bf16 under `precision: bf16`.
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -36,20 +36,25 @@ def shard(
     blocks: list[nn.Module], model: nn.Module, mesh: DeviceMesh, layout: Layout, compute: torch.dtype
 ) -> None:
     """Apply FSDP2 to each block and then to the rest of the model (embedding, last norm and head together)."""
+    # Gradients are summed over ranks and microbatches in fp32; where there is nothing to sum, that would only copy.
+    alone = layout.world == layout.accumulate == 1
     policy = MixedPrecisionPolicy(
         param_dtype=compute if compute != torch.float32 else None,
-        reduce_dtype=torch.float32,
+        reduce_dtype=None if alone else torch.float32,
         cast_forward_inputs=False,
     )
     for module in blocks:
         fully_shard(module, mesh=mesh, reshard_after_forward=layout.zero == 3, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # The loss is already divided by the tokens of the global batch, so gradients are summed.
-            module.set_gradient_divide_factor(1.0)
-            # A plain SUM: gloo has no pre-multiplied one, and a factor of 1 needs none.
-            module.set_force_sum_reduction_for_comms(True)
+
+
+def sum_over_ranks(loss: Tensor, layout: Layout) -> Tensor:
+    """Scale a rank's loss so that FSDP2, which averages gradients over the ranks, sums them instead.
+
+    (Asking it for a divide factor of 1 costs two more passes over the gradients where a rank is alone on its
+    shard axis, and an operation that gloo lacks elsewhere.)
+    """
+    return loss * layout.world
 
 
 def begin_microbatch(model: nn.Module, layout: Layout, *, is_last: bool) -> None:

@@ -66,7 +66,7 @@ class Trainee:
         for index, batch in enumerate(batches):
             data.begin_microbatch(self.model, self.plan.layout, is_last=index == len(batches) - 1)
             loss = self.loss(batch)
-            (loss / tokens).backward()  # type: ignore[no-untyped-call]
+            data.sum_over_ranks(loss / tokens, self.plan.layout).backward()  # type: ignore[no-untyped-call]
             summed += loss.detach()
         norm = gradients.global_norm(self.model)
         (total,) = self.world.sum(float(summed))

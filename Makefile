@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test setup test-long bench lint types readme lock clean
 
 demo: setup
-	$(BIN)/python recipes/demo.py
+	@$(BIN)/python recipes/demo.py
 
 test: setup lint types
 	$(BIN)/python -m pytest

@@ -1,12 +1,15 @@
-"""Runs the commands in README.md's console blocks and pastes what they really print (`make readme`).
+"""Keeps README.md true: runs its console blocks and pastes what they really print (`make readme`).
 
 A block is a shell session: a line that starts with `$ ` is run, the lines below it are its output. The blocks
 run in order in one scratch folder; a command that ends with ` &` stays up until the end. The test suite runs
 the same sessions and checks that every command still succeeds and prints lines of the same kind.
+Between the markers `<!-- demo -->` and `<!-- bench -->` and their ends it pastes the last `make demo | tee build/demo.log`
+and the last benchmark (benchmarks/results/train_cpu.json).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -17,8 +20,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+BENCH = ROOT / "benchmarks" / "results" / "train_cpu.json"
 _BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 _READY_S = 60.0
 
@@ -97,7 +103,47 @@ def main() -> None:
                 lines += f"$ {command.text}\n{output.rstrip()}\n" if output.strip() else f"$ {command.text}\n"
             fresh.append(lines)
     replacements = iter(fresh)
-    README.write_text(_BLOCK.sub(lambda _: f"```console\n{next(replacements)}```", markdown))
+    markdown = _BLOCK.sub(lambda _: f"```console\n{next(replacements)}```", markdown)
+    markdown = paste(markdown, "demo", demo_excerpt((ROOT / "build" / "demo.log").read_text()))
+    markdown = paste(markdown, "bench", bench_table(json.loads(BENCH.read_text())))
+    README.write_text(markdown)
+
+
+def paste(markdown: str, name: str, text: str) -> str:
+    """Replace what stands between a pair of markers."""
+    before, start, rest = markdown.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not start or not end:
+        sys.exit(f"README.md has no markers for {name}")
+    return before + start + text + end + after
+
+
+def demo_excerpt(log: str) -> str:
+    """The demo's own words, but for the progress lines in the middle of the training."""
+    lines = log.replace(str(ROOT) + "/", "").splitlines()
+    steps = [number for number, line in enumerate(lines) if re.match(r"step +\d+/\d+  loss", line)]
+    resumed = next(number for number, line in enumerate(lines) if line.startswith("resumed"))
+    first, last = steps[:1], steps[-1:]
+    middle = [number for number in range(len(lines)) if first[0] < number < resumed and lines[number].strip()]
+    killed = [number for number in middle if "killed" in lines[number]]
+    shown = [lines[number].lstrip() for number in (*first, *killed, resumed, *last)]
+    return "```text\n" + "\n".join([*shown, *lines[last[0] + 1 :]]).rstrip() + "\n```\n"
+
+
+def bench_table(result: dict[str, Any]) -> str:
+    """The benchmark's cells as Markdown."""
+    rows = [
+        "| model | precision | processes x threads | muster tokens/s | transformers | ratio | of GEMM peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cell in result["cells"]:
+        rates = f"{cell['muster_tokens_per_s']:.0f} | {cell['transformers_tokens_per_s']:.0f}"
+        rows.append(
+            f"| {cell['size']} | {cell['precision']} | {cell['place']} | {rates} "
+            f"| **{cell['ratio']:.2f}** | {cell['mfu']:.0%} |"
+        )
+    rows.append(f"\nGeometric mean {result['geometric_mean']:.2f}. {result['machine']}, {result['date']}.")
+    return "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":

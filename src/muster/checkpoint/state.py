@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -47,10 +48,10 @@ def write_shards(state: State, folder: Path, rank: int) -> None:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
         write_synced(_sum_path(folder, rank), json.dumps(asdict(sum_file(path))).encode())
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the library words a full disk as an error of its own
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise DoesNotFit(
-            f"cannot write {size / 1e6:.0f} MB of checkpoint to {folder} ({error.strerror}): free some space, "
+            f"cannot write {size / 1e6:.0f} MB of checkpoint to {folder} ({error}): free some space, "
             f"or lower checkpoint.keep"
         ) from error
 

@@ -23,7 +23,7 @@ def spec_from_config(section: schema.Model, vocab: int, base: Path) -> Transform
     `base` is the run file's folder. Raises ConfigError, and UsageError where `from` cannot be read.
     """
     if section.from_ is not None:
-        spec = read_spec((base / section.from_).expanduser())
+        spec = read_spec(base / Path(section.from_).expanduser())
         if vocab > spec.vocab:
             raise ConfigError(
                 [

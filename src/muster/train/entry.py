@@ -21,28 +21,41 @@ from muster.train.report import Report
 
 
 def check(run: schema.Run, *, base: Path, folder: Path, progress: Progress | None = None) -> Plan:
-    """Plan the run and claim its folder; refuses a folder that another configuration has claimed."""
-    record = folder / "run.json"
-    if record.exists():
-        changed = differences(json.loads(record.read_bytes())["identity"], identity(run))
-        if changed:
-            raise UsageError(
-                f"{folder} belongs to a run with another configuration ({'; '.join(changed[:3])}): "
-                f"give this run another name, or delete that folder"
-            )
+    """Plan the run and claim its folder; everything that can be refused is refused here, before a rank starts."""
+    _refuse_foreign(run, folder)
     plan = planning.make(run, base=base, folder=folder, gpus=torch.cuda.device_count(), progress=progress)
+    claim(plan)
+    return plan
+
+
+def claim(plan: Plan) -> None:
+    """Make the run's folder: its resolved run file and its tokenizer."""
+    run, folder = plan.run, plan.folder
+    _refuse_foreign(run, folder)
     folder.mkdir(parents=True, exist_ok=True)
+    plan.corpus.tokenizer.save(folder / "tokenizer")
     content = {
         "run": run.to_dict(),
         "digest": digest(run),
         "identity": identity(run),
-        "base": str(base.resolve()),
+        "base": str(plan.base.resolve()),
         "steps": plan.steps,
     }
     draft = folder / "run.json.partial"
     write_synced(draft, json.dumps(content, indent=1).encode())
-    draft.rename(record)
-    return plan
+    draft.rename(folder / "run.json")
+
+
+def _refuse_foreign(run: schema.Run, folder: Path) -> None:
+    record = folder / "run.json"
+    if not record.exists():
+        return
+    changed = differences(json.loads(record.read_bytes())["identity"], identity(run))
+    if changed:
+        raise UsageError(
+            f"{folder} belongs to a run with another configuration ({'; '.join(changed[:3])}): "
+            f"give this run another name, or delete that folder"
+        )
 
 
 def describe(plan: Plan) -> list[str]:
@@ -63,5 +76,7 @@ def run_rank(run: schema.Run, *, base: Path, folder: Path) -> None:
     """Join the other ranks and train."""
     with join() as world:
         plan = planning.make(run, base=base, folder=folder, gpus=torch.cuda.device_count(), ranks=world.size)
+        if world.is_first:
+            claim(plan)  # nobody has, under `torchrun`
         with Report(plan, world) as report:
             train(plan, world, report)

@@ -25,7 +25,8 @@ def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
     step = saves.resume(trainee, plan, world, report)
     report.begin(step)
     sampler = Sampler(plan.corpus, plan.sequence, plan.run.train.seed)
-    evaluation_due, checkpoint_due = Alarm(plan.run.train.eval_every), Alarm(plan.run.checkpoint.every)
+    evaluation_due = Alarm(plan.run.train.eval_every if plan.corpus.held_out else None)
+    checkpoint_due = Alarm(plan.run.checkpoint.every)
     last_evaluation = None
     saved = step
     gc.disable()  # a collection in the middle of one rank's step would make every other rank wait

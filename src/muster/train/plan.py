@@ -12,6 +12,7 @@ from pathlib import Path
 from muster.config import schema
 from muster.data.dataset import Corpus, prepare
 from muster.data.progress import Progress
+from muster.data.sampler import Sampler
 from muster.model.build import spec_from_config
 from muster.model.spec import TransformerSpec
 from muster.parallel.layout import Layout, resolve
@@ -53,14 +54,17 @@ def make(
     `base` is the run file's folder, `folder` the run's own; `ranks` the world size where somebody
     else has started the ranks. Errors are the user's to mend: nothing has been started yet.
     """
-    model_folder = None if run.model.from_ is None else (base / run.model.from_).expanduser()
+    # Sizes and layout before the corpus is read, which can take long; any vocabulary does for that.
+    draft = spec_from_config(run.model, 1, base)
+    layout = resolve(run, context=draft.context, cores=usable_cores(), gpus=gpus, ranks=ranks)
+    model_folder = None if run.model.from_ is None else (base / Path(run.model.from_).expanduser()).resolve()
     data = run.data
     if data.tokenizer is None:
         data = replace(data, tokenizer="byte" if model_folder is None else str(model_folder))
-    cache = folder.parent / "cache"
-    corpus = prepare(data, base, cache, progress=progress, tokenizer_folder=folder / "tokenizer")
+    corpus = prepare(data, base, folder.parent / "cache", progress=progress)
     spec = spec_from_config(run.model, corpus.tokenizer.vocab, base)
-    layout = resolve(run, context=spec.context, cores=usable_cores(), gpus=gpus, ranks=ranks)
+    sequence = run.train.sequence or spec.context
+    Sampler(corpus, sequence, run.train.seed)  # refuses a source too small for one sample
     return Plan(
         run=run,
         base=base,
@@ -69,6 +73,6 @@ def make(
         spec=spec,
         layout=layout,
         model_folder=model_folder,
-        sequence=run.train.sequence or spec.context,
+        sequence=sequence,
         steps=run.train.tokens // run.train.batch_tokens,
     )

@@ -24,23 +24,25 @@ from muster.train.trainee import Trainee
 def resume(trainee: Trainee, plan: Plan, world: World, report: Report) -> int:
     """Restore the newest sound checkpoint, if there is one, and return the number of steps done."""
     folder = shelf_of(plan)
-    if world.is_first:
+    step = 0
+    if world.is_first:  # checks every byte, once; the others take its word
         shelf.sweep(folder)
-    world.barrier()
-    # Every rank checks the same files and comes to the same answer.
-    found = shelf.newest_sound(folder, on_damaged=lambda what: report.note("checkpoint-damaged", what))
-    if found is None:
+        found = shelf.newest_sound(folder, on_damaged=lambda what: report.note("checkpoint-damaged", what))
+        step = 0 if found is None else found[1].step
+    step = int(world.sum(step)[0])
+    if step == 0:
         return 0
-    path, content = found
+    path = shelf.folder_of(folder, step)
+    content = manifest.read(path)
     changed = differences(content.identity, identity(plan.run))
     if changed:
         raise CheckpointError(
             f"{path} belongs to another configuration ({'; '.join(changed[:3])}): change it back, or give this run "
             f"another name"
         )
-    trainee.restore(path, content.step)
-    report.note("resumed", f"resumed from {path} at step {content.step} of {plan.steps}", step=content.step)
-    return content.step
+    trainee.restore(path, step)
+    report.note("resumed", f"resumed from {path} at step {step} of {plan.steps}", step=step)
+    return step
 
 
 def save(trainee: Trainee, plan: Plan, world: World, report: Report, step: int) -> None:

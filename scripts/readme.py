@@ -3,7 +3,7 @@
 A block is a shell session: a line that starts with `$ ` is run, the lines below it are its output. The blocks
 run in order in one scratch folder; a command that ends with ` &` stays up until the end. The test suite runs
 the same sessions and checks that every command still succeeds and prints lines of the same kind.
-Between the markers `<!-- demo -->` and `<!-- bench -->` and their ends it pastes the last `make demo | tee build/demo.log`
+Between the markers for demo and bench it pastes the last `make demo | tee build/demo.log`
 and the last benchmark (benchmarks/results/train_cpu.json).
 """
 

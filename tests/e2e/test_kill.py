@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.toy import CORPUS
 
 from muster.checkpoint import shelf
 from muster.export.trained import load_trained
 from muster.observe.records import read_jsonl
+from tests.toy import CORPUS
 
 RUN_FILE = """
 name: {name}

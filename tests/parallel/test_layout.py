@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.toy import tiny
 
 from muster.config.load import load_resolved
 from muster.errors import ConfigError
 from muster.parallel.layout import Layout, resolve
+from tests.toy import tiny
 
 
 def decide(

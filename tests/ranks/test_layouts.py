@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.toy import STEPS, tiny, train_here, write_corpus
 
 TOLERANCE = 1e-5

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.toy import STEPS, tiny, train_here, write_corpus
 
 from muster.checkpoint import shelf
 from muster.config.load import load_resolved
 from muster.errors import UsageError
 from muster.observe.records import read_jsonl
+from tests.toy import STEPS, tiny, train_here, write_corpus
 
 EVERY_STEP = {"every": "1 steps", "keep": 9}
 

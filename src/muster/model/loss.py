@@ -35,14 +35,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_gradient = any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_gradient else hidden.new_empty(0)
-        grad_weight = torch.zeros_like(weight) if wants_gradient else weight.new_empty(0)
+        grad_weight = torch.empty_like(weight) if wants_gradient else weight.new_empty(0)
         for start in range(0, hidden.shape[0], _CHUNK_ROWS):
             rows = slice(start, start + _CHUNK_ROWS)
             logits = hidden[rows] @ weight.t()  # (n, V)
             total += _loss_to_gradient_(logits, targets[rows])
             if wants_gradient:
                 torch.mm(logits, weight, out=grad_hidden[rows])
-                grad_weight.addmm_(logits.t(), hidden[rows])
+                grad_weight.addmm_(logits.t(), hidden[rows], beta=1 if start else 0)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 

@@ -7,7 +7,9 @@ State is passed on as a `World`; nothing here is a global.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +17,8 @@ from datetime import timedelta
 import psutil
 import torch
 import torch.distributed as dist
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ def join(timeout_s: float = 600.0) -> Iterator[World]:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(threads_per_rank())
+        _keep_freed_memory()
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s)
     )
@@ -63,6 +68,17 @@ def join(timeout_s: float = 600.0) -> Iterator[World]:
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
     finally:
         dist.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next step, which needs the same again.
+
+    Otherwise large tensors go back to the kernel each time and come back a page fault at a time: measured 100,000
+    faults and 4 to 9 % of a step at 60 M parameters.
+    """
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def threads_per_rank() -> int:

@@ -63,20 +63,19 @@ def run(command: Command, folder: Path, stack: ExitStack) -> tuple[int, str]:
 @contextmanager
 def _background(text: str, folder: Path, environment: dict[str, str]) -> Iterator[str]:
     """A server while the block runs; yields what it prints until it is ready."""
-    process = subprocess.Popen(
+    with subprocess.Popen(
         ["sh", "-c", f"exec {text}"], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    try:
-        printed, deadline = "", time.monotonic() + _READY_S
-        for line in process.stdout:
-            printed += line
-            if "http://" in line or time.monotonic() > deadline:
-                break
-        yield printed
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+    ) as process:
+        assert process.stdout is not None
+        try:
+            printed, deadline = "", time.monotonic() + _READY_S
+            for line in process.stdout:
+                printed += line
+                if "http://" in line or time.monotonic() > deadline:
+                    break
+            yield printed
+        finally:
+            process.terminate()
 
 
 def shape(output: str) -> list[str]:

@@ -104,7 +104,7 @@ def resolve(run: schema.Run, *, context: int, cores: int, gpus: int, ranks: int 
         microbatch = max(
             n for n in range(1, per_rank + 1) if per_rank % n == 0 and (n == 1 or n * sequence <= budget)
         )
-        why += f"; microbatch {microbatch}: the most sequences within {budget} tokens, beyond which it gets no faster"
+        why += f"; microbatch {microbatch}: the most sequences within {budget} tokens"
     default_zero: Literal[0, 1] = 0 if said.shard == 1 else 1
     return Layout(
         replicate=said.replicate,

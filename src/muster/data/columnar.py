@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from muster.data.parts import PART_BYTES, Advance, Part, Records, Scan, Text, record_pieces
 from muster.data.sources import File
@@ -73,17 +73,16 @@ def _open(path: Path, column: str) -> Iterator[_Table]:
         yield table
 
 
-class _Table:
+class _Table(Protocol):
     """Groups of rows, each read by itself; a null is an empty text."""
 
     schema: Any
     groups: int
 
-    def texts(self, group: int) -> Iterator[str]:
-        raise NotImplementedError
+    def texts(self, group: int) -> Iterator[str]: ...
 
 
-class _ParquetTable(_Table):
+class _ParquetTable:
     def __init__(self, opened: Any, column: str) -> None:
         self._opened, self._column = opened, column
         self.schema, self.groups = opened.schema_arrow, opened.num_row_groups
@@ -94,7 +93,7 @@ class _ParquetTable(_Table):
                 yield text or ""
 
 
-class _ArrowTable(_Table):
+class _ArrowTable:
     def __init__(self, opened: Any, column: str) -> None:
         self._batches, self._column = list(opened), column  # maps of the file, not copies
         self.schema, self.groups = opened.schema, len(self._batches)

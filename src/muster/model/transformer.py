@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muster.model.attend import attend, attend_cached
+from muster.model.attend import Attend, attend, attend_cached
 from muster.model.cache import CacheRows
-from muster.model.loss import linear_cross_entropy
+from muster.model.loss import CrossEntropy, linear_cross_entropy
 from muster.model.rope import rotate, rotation, rotation_at
 from muster.model.spec import TransformerSpec
 
@@ -53,6 +53,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(spec.heads * spec.head_dim, spec.width, bias=spec.out_bias)
         self.q_norm = Norm(spec, spec.head_dim) if spec.qk_norm else None
         self.k_norm = Norm(spec, spec.head_dim) if spec.qk_norm else None
+        self.attend: Attend = attend
 
     def forward(
         self,
@@ -66,7 +67,7 @@ class Attention(nn.Module):
         k = self._heads(self.k(x), self.k_norm, rotation)  # (B, K, T, D)
         v = self._heads(self.v(x), None, None)
         if cache is None:
-            out = attend(q, k, v, documents=documents, window=self.window)
+            out = self.attend(q, k, v, documents=documents, window=self.window)
         else:
             assert positions is not None
             k, v = cache.append(self.layer, k, v)
@@ -132,6 +133,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleDict({str(layer): Block(spec, layer) for layer in range(spec.layers)})
         self.norm = Norm(spec, spec.width)
         self.head = None if spec.tied else nn.Linear(spec.width, spec.vocab, bias=False)
+        self.cross_entropy: CrossEntropy = linear_cross_entropy
 
     def forward(
         self,
@@ -139,19 +141,20 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         *,
         documents: Tensor | None = None,
+        positions: Tensor | None = None,
         cache: CacheRows | None = None,
     ) -> Tensor:
         """Logits (B, T, V) for tokens (B, T); with targets (B, T) the summed cross entropy, fp32.
 
         documents (B, T) int: non-decreasing ids along a row; attention stays within one. Targets of -100
-        are not scored. With a cache, each row's tokens continue the sequence in its slot.
+        are not scored. positions (B, T): where the tokens stand in their sequence or document, if not at
+        0..T-1. With a cache, each row's tokens continue the sequence in its slot.
         """
         length = tokens.shape[1]
-        positions = None
         if cache is not None:
             positions = cache.starts[:, None] + torch.arange(length, device=tokens.device)  # (B, T)
-        elif documents is not None and self.positions is not None:
-            positions = _positions_in_document(documents)
+        elif positions is None and documents is not None and self.positions is not None:
+            positions = positions_in_document(documents)
         x = self.embed(tokens)  # (B, T, E)
         rotation = None
         if self.positions is not None:
@@ -168,7 +171,7 @@ class Transformer(nn.Module):
         weight = self.embed.weight if self.head is None else self.head.weight
         if targets is None:
             return F.linear(x, weight)
-        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+        return self.cross_entropy(x.flatten(0, 1), weight, targets.flatten())
 
     def init_weights(self, seed: int) -> None:
         """Fill every parameter with its initial value; independent of order and of the other parameters."""
@@ -219,7 +222,7 @@ def materialize(
     return model
 
 
-def _positions_in_document(documents: Tensor) -> Tensor:
+def positions_in_document(documents: Tensor) -> Tensor:
     """Positions (B, T) that start from 0 in each document, for documents (B, T)."""
     index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     starts = torch.ones_like(documents, dtype=torch.bool)

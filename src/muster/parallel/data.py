@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from muster.parallel.layout import Layout
+from muster.parallel.reduction import InPlaceReduction
 
 
 def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
@@ -46,6 +47,11 @@ def shard(
     for module in blocks:
         fully_shard(module, mesh=mesh, reshard_after_forward=layout.zero == 3, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    if layout.shard == 1:
+        for module in (*blocks, model):
+            assert isinstance(module, FSDPModule)
+            # Its base class is private to torch, which asks for no more than these two methods.
+            module.set_custom_reduce_scatter(InPlaceReduction())  # type: ignore[arg-type]
 
 
 def sum_over_ranks(loss: Tensor, layout: Layout) -> Tensor:

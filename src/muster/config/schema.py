@@ -221,7 +221,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class Layout:
-    """How the model and the batch are spread over ranks; their number is replicate x shard."""
+    """How the model and the batch are spread over ranks: replicate x shard x context x tensor x pipeline of them."""
 
     replicate: Positive = 1
     """Ranks that hold whole copies (data parallel)."""
@@ -230,15 +230,45 @@ class Layout:
     zero: Literal[0, 1, 2, 3] | None = None
     """What the shard axis divides: 1 optimizer state, 2 also gradients, 3 also parameters (FSDP).
     Default: 0 when shard is 1, else 1."""
-    recompute: Literal["none", "full"] = "none"
-    """full: recompute each block's activations in the backward pass instead of keeping them."""
+    tensor: Positive = 1
+    """Ranks over which every matrix is divided (Megatron's tensor parallelism)."""
+    sequence_parallel: Flag = True
+    """Under tensor parallelism, divide what lies between the matrices (norms, residuals) by tokens."""
+    context: Positive = 1
+    """Ranks over which the tokens of each sequence are divided."""
+    context_kind: Literal["ring", "ulysses"] | None = None
+    """ring: keys and values travel; ulysses: heads are exchanged for tokens. Default: chosen, with its reason."""
+    expert: Positive = 1
+    """Ranks over which a layer's experts are divided; taken out of shard x context."""
+    pipeline: Positive = 1
+    """Ranks over which the layers are divided."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "interleaved-zero-bubble", "zbv", "dualpipev"] = "1f1b"
+    """Order of the pipeline's forward and backward passes."""
+    virtual: Positive | None = None
+    """Stages of one pipeline rank. Default: 2 for interleaved, interleaved-zero-bubble, zbv and dualpipev, else 1."""
+    split: list[Positive] | None = None
+    """Layers of each pipeline stage. Default: balanced by cost, embedding and head counted."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping: nothing, attention, or whole blocks."""
     microbatch: Positive | None = None
     """Sequences of one forward pass on one rank. Default: chosen, and printed with its reason."""
 
     @model_validator(mode="after")
-    def _zero_fits(self) -> Layout:
+    def _fits(self) -> Layout:
         if self.zero == 0 and self.shard > 1:
             raise ValueError(f"zero: 0 shards nothing, so write replicate: {self.shard} instead of shard")
+        if self.pipeline > 1 and self.zero in (2, 3):
+            raise ValueError(
+                f"zero: {self.zero} would gather or reduce for each of a pipeline's microbatches: use zero: 1"
+            )
+        if self.pipeline == 1 and (self.split is not None or self.virtual is not None):
+            raise ValueError(
+                "split and virtual divide a pipeline's layers: set pipeline to 2 or more, or leave them out"
+            )
+        if self.context == 1 and self.context_kind is not None:
+            raise ValueError(
+                "context_kind says how sequences are divided: set context to 2 or more, or leave it out"
+            )
         return self
 
 
@@ -297,7 +327,7 @@ class Run:
     layout: Annotated[
         Annotated[Layout, Tag("<section>")] | Annotated[Literal["auto"], Tag("<word>")], _SectionOrWord
     ] = "auto"
-    """auto, or the degrees: {shard: 2, zero: 3, recompute: full, microbatch: 4}."""
+    """auto, or the degrees: {shard: 2, tensor: 2, zero: 3, recompute: full, microbatch: 4}."""
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     export: Export = Field(default_factory=Export)
     serve: Serve = Field(default_factory=Serve)

@@ -163,7 +163,7 @@ class Transformer(nn.Module):
             )
         else:
             rotation = self._rotation(length, positions, tokens.device)
-        for block in self.layers.values():
+        for block in self.blocks:
             x = block(x, rotation, documents, cache, positions)
         if cache is not None:
             cache.advance(length)
@@ -172,6 +172,11 @@ class Transformer(nn.Module):
         if targets is None:
             return F.linear(x, weight)
         return self.cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks in order."""
+        return [block for block in self.layers.values() if isinstance(block, Block)]
 
     def init_weights(self, seed: int) -> None:
         """Fill every parameter with its initial value; independent of order and of the other parameters."""
@@ -203,6 +208,12 @@ def initial_value(name: str, shape: torch.Size, spec: TransformerSpec, seed: int
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def parameter_names(spec: TransformerSpec) -> list[str]:
+    """The names of all parameters, in order."""
+    with torch.device("meta"):
+        return [name for name, _ in Transformer(spec).named_parameters()]
 
 
 @torch.no_grad()

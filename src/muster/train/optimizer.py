@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +18,8 @@ class AdamW:
     Wraps `torch.optim.AdamW(fused=True)`: one kernel reads and writes each parameter once.
     """
 
-    def __init__(self, model: nn.Module, config: schema.Optimizer) -> None:
-        self._named = dict(model.named_parameters())
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], config: schema.Optimizer) -> None:
+        self._named = dict(named)
         matrices = [p for p in self._named.values() if p.ndim >= 2]
         vectors = [p for p in self._named.values() if p.ndim < 2]
         groups = [

@@ -56,7 +56,7 @@ def make(
     """
     # Sizes and layout before the corpus is read, which can take long; any vocabulary does for that.
     draft = spec_from_config(run.model, 1, base)
-    layout = resolve(run, context=draft.context, cores=usable_cores(), gpus=gpus, ranks=ranks)
+    layout = resolve(run, draft, cores=usable_cores(), gpus=gpus, ranks=ranks)
     model_folder = None if run.model.from_ is None else (base / Path(run.model.from_).expanduser()).resolve()
     data = run.data
     if data.tokenizer is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,15 @@ from muster.data.evaluation import EvaluationBatches
 from muster.data.packing import Batch
 from muster.errors import TrainingError
 from muster.model.folder import open_weights
-from muster.model.transformer import Transformer, initial_value
-from muster.parallel import data
-from muster.parallel.apply import Value, apply
+from muster.model.transformer import initial_value, parameter_names
+from muster.parallel.apply import Value
+from muster.parallel.inputs import Inputs
+from muster.parallel.mesh import Mesh
+from muster.parallel.model import ParallelModel
 from muster.parallel.world import World
 from muster.train import gradients
 from muster.train.evaluate import Evaluation, evaluate
-from muster.train.forward import summed_loss
+from muster.train.forward import to_inputs
 from muster.train.optimizer import AdamW
 from muster.train.plan import Plan
 from muster.train.schedule import learning_rate
@@ -43,17 +46,14 @@ class Update:
 class Trainee:
     def __init__(self, plan: Plan, world: World) -> None:
         self.plan, self.world = plan, world
-        with torch.device("meta"):
-            self.model = Transformer(plan.spec)
-        apply(
-            self.model,
-            list(self.model.layers.values()),
-            plan.layout,
-            data.build_mesh(plan.layout, world.device),
+        self.mesh = Mesh(plan.layout, world.device)
+        self.model = ParallelModel(
+            plan.spec,
+            self.mesh,
             compute=COMPUTE_DTYPE[plan.run.train.precision],
             value=_first_values(plan),
         )
-        self.optimizer = AdamW(self.model, plan.run.train.optimizer)
+        self.optimizer = AdamW(self.model.named_parameters(), plan.run.train.optimizer)
 
     def update(self, step: int, batches: Sequence[Batch], tokens: int) -> Update:
         """One optimizer step from this rank's microbatches; `tokens` are the valid ones of the global batch.
@@ -62,40 +62,39 @@ class Trainee:
         valid tokens, never a mean of means, so no layout changes it.
         """
         seed_step(self.plan.run.train.seed, step)
-        summed = torch.zeros((), device=self.world.device)
-        for index, batch in enumerate(batches):
-            data.begin_microbatch(self.model, self.plan.layout, is_last=index == len(batches) - 1)
-            loss = self.loss(batch)
-            data.sum_over_ranks(loss / tokens, self.plan.layout).backward()  # type: ignore[no-untyped-call]
-            summed += loss.detach()
-        norm = gradients.global_norm(self.model)
-        (total,) = self.world.sum(float(summed))
-        if norm != norm or norm == float("inf"):
+        summed = self.model.train([self._inputs(batch) for batch in batches], 1 / tokens)
+        named = self.model.named_parameters()
+        total, square = self.world.sum(float(summed), gradients.squared_norm(named))
+        norm = math.sqrt(square)
+        if not math.isfinite(norm):
             raise TrainingError(
                 f"step {step + 1}: loss {total / tokens:.4g}, gradient norm {norm}: not finite, first in "
-                f"{gradients.first_bad_parameter(self.model)}; lower train.optimizer.lr, or look at this step's data"
+                f"{gradients.first_bad_parameter(named, parameter_names(self.plan.spec))}; "
+                f"lower train.optimizer.lr, or look at this step's data"
             )
         train = self.plan.run.train
         if train.optimizer.clip is not None:
-            gradients.clip(self.model, norm, train.optimizer.clip)
+            gradients.clip(named, norm, train.optimizer.clip)
         lr = learning_rate(step, self.plan.steps, train.optimizer.lr, train.schedule)
         self.optimizer.step(lr)
         return Update(loss=total / tokens, gradient_norm=norm, learning_rate=lr, tokens=tokens)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Summed cross entropy of one microbatch, in nats."""
-        return summed_loss(
-            self.model, batch, self.world.device, mask_documents=self.plan.run.data.mask_documents
-        )
-
     def evaluate(self, limit_tokens: int | None = None) -> Evaluation:
         """Score the held-out documents, or their first `limit_tokens`."""
-        corpus = self.plan.corpus
+        corpus, layout = self.plan.corpus, self.plan.layout
         batches = EvaluationBatches(
-            corpus.held_out, corpus.tokenizer, self.plan.sequence, self.plan.layout.microbatch, limit_tokens
+            corpus.held_out, corpus.tokenizer, self.plan.sequence, layout.microbatch, limit_tokens
         )
-        evaluation = evaluate(self.loss, batches, self.world)
-        data.free_gathered(self.model)
+        evaluation = evaluate(
+            lambda some: self.model.score([self._inputs(batch) for batch in some]),
+            batches,
+            self.world,
+            part=self.mesh.data_index,
+            parts=layout.data,
+            at_once=layout.accumulate if layout.pipeline > 1 else 1,
+            counts_tokens=self.mesh.reads_first,
+        )
+        self.model.rest()
         return evaluation
 
     def state(self) -> dict[str, Tensor]:
@@ -107,6 +106,9 @@ class Trainee:
         """Continue from a checkpoint taken after `step` updates, on any layout."""
         read_shards(self.state(), folder)
         self.optimizer.set_steps(step)
+
+    def _inputs(self, batch: Batch) -> Inputs:
+        return to_inputs(batch, self.world.device, mask_documents=self.plan.run.data.mask_documents)
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -43,6 +43,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor 4 without sequence": {"tensor": 4, "sequence_parallel": False},
     "tensor 2 x zero 3 on 2": {"tensor": 2, "shard": 2, "zero": 3},
     "tensor 2 x replicate 2, accumulated": {"tensor": 2, "replicate": 2, "microbatch": 1},
+    **{f"pipeline 2, {kind}": {"pipeline": 2, "schedule": kind} for kind in ("gpipe", "1f1b")},
+    "pipeline 2 x shard 2": {"pipeline": 2, "shard": 2},
+    "pipeline 2 x tensor 2": {"pipeline": 2, "tensor": 2},
+    "pipeline 2 x replicate 2 x tensor 2": {"pipeline": 2, "replicate": 2, "tensor": 2},
     "tensor 2, selective": {"tensor": 2, "recompute": "selective"},
 }
 

@@ -123,16 +123,26 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids to logits, or to a summed loss."""
+    """Token ids to logits, or to a summed loss; or, with `layers`, a stretch of that way.
 
-    def __init__(self, spec: TransformerSpec) -> None:
+    A stretch has the names and values that the whole model has. The one with the first layer begins with the
+    embedding, the one with the last layer ends with norm and head; the others turn hidden states into hidden
+    states. A tied embedding is in both ends: looked up in the first, multiplied with in the last.
+    """
+
+    def __init__(self, spec: TransformerSpec, layers: range | None = None) -> None:
         super().__init__()
+        layers = range(spec.layers) if layers is None else layers
         self.spec = spec
-        self.embed = nn.Embedding(spec.vocab, spec.width)
-        self.positions = nn.Embedding(spec.context, spec.width) if spec.positions == "learned" else None
-        self.layers = nn.ModuleDict({str(layer): Block(spec, layer) for layer in range(spec.layers)})
-        self.norm = Norm(spec, spec.width)
-        self.head = None if spec.tied else nn.Linear(spec.width, spec.vocab, bias=False)
+        self.is_first, self.is_last = layers.start == 0, layers.stop == spec.layers
+        has_embed = self.is_first or (self.is_last and spec.tied)
+        has_positions = self.is_first and spec.positions == "learned"
+        has_head = self.is_last and not spec.tied
+        self.embed = nn.Embedding(spec.vocab, spec.width) if has_embed else None
+        self.positions = nn.Embedding(spec.context, spec.width) if has_positions else None
+        self.layers = nn.ModuleDict({str(layer): Block(spec, layer) for layer in layers})
+        self.norm = Norm(spec, spec.width) if self.is_last else None
+        self.head = nn.Linear(spec.width, spec.vocab, bias=False) if has_head else None
         self.cross_entropy: CrossEntropy = linear_cross_entropy
 
     def forward(
@@ -146,6 +156,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) for tokens (B, T); with targets (B, T) the summed cross entropy, fp32.
 
+        A stretch that does not begin the model takes hidden states (B, T, E) in place of tokens; one that does
+        not end it returns them.
+
         documents (B, T) int: non-decreasing ids along a row; attention stays within one. Targets of -100
         are not scored. positions (B, T): where the tokens stand in their sequence or document, if not at
         0..T-1. With a cache, each row's tokens continue the sequence in its slot.
@@ -155,23 +168,30 @@ class Transformer(nn.Module):
             positions = cache.starts[:, None] + torch.arange(length, device=tokens.device)  # (B, T)
         elif positions is None and documents is not None and self.positions is not None:
             positions = positions_in_document(documents)
-        x = self.embed(tokens)  # (B, T, E)
-        rotation = None
-        if self.positions is not None:
-            x = x + self.positions(
-                torch.arange(length, device=tokens.device) if positions is None else positions
-            )
-        else:
-            rotation = self._rotation(length, positions, tokens.device)
+        x = self._embedded(tokens, positions) if self.is_first else tokens  # (B, T, E)
+        rotation = self._rotation(length, positions, tokens.device) if self.spec.positions == "rope" else None
         for block in self.blocks:
             x = block(x, rotation, documents, cache, positions)
         if cache is not None:
             cache.advance(length)
+        return self._scored(x, targets) if self.is_last else x
+
+    def _embedded(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        assert self.embed is not None
+        x: Tensor = self.embed(tokens)  # (B, T, E)
+        if self.positions is not None:
+            index = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
+            x = x + self.positions(index)
+        return x
+
+    def _scored(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        head = self.embed if self.head is None else self.head
+        assert self.norm is not None
+        assert head is not None
         x = self.norm(x)
-        weight = self.embed.weight if self.head is None else self.head.weight
         if targets is None:
-            return F.linear(x, weight)
-        return self.cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+            return F.linear(x, head.weight)
+        return self.cross_entropy(x.flatten(0, 1), head.weight, targets.flatten())
 
     @property
     def blocks(self) -> list[Block]:

@@ -16,7 +16,7 @@ copies that FSDP2 gathers are bf16 under `precision: bf16`.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from muster.model.transformer import Transformer
@@ -38,15 +38,6 @@ def shard(model: Transformer, mesh: Mesh, compute: torch.dtype) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=data, reshard_after_forward=layout.zero == 3, mp_policy=policy)
     fully_shard(model, mesh=data, reshard_after_forward=False, mp_policy=policy)
-
-
-def sum_over_ranks(loss: Tensor, layout: Layout) -> Tensor:
-    """Scale a rank's loss so that FSDP2, which averages gradients over the ranks, sums them instead.
-
-    (Asking it for a divide factor of 1 costs two more passes over the gradients where a rank is alone on its
-    shard axis, and an operation that gloo lacks elsewhere.)
-    """
-    return loss * layout.averaged
 
 
 def begin_microbatch(model: nn.Module, layout: Layout, *, is_last: bool) -> None:

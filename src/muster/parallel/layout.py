@@ -6,13 +6,15 @@ problems at once, with the nearest legal values. Knows no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from muster.config import schema
 from muster.errors import ConfigError
 from muster.model.spec import TransformerSpec
+from muster.parallel.schedules import SCHEDULES, schedule_problems
+from muster.parallel.stages import split_problems
 
 _CPU_MICROBATCH_TOKENS = 2048
 _GPU_MICROBATCH_TOKENS = 16384
@@ -110,14 +112,13 @@ def resolve(
         said = schema.Layout(replicate=world)
     else:
         why = "as written in the run file"
-    problems = list(_problems(said, spec, sequences, sequence, ranks))
-    if problems:
-        raise ConfigError([f"layout{problem}" for problem in problems])
+    _refuse(_problems(said, spec, sequences, sequence, ranks))
     per_rank = sequences // (said.replicate * said.shard)
     microbatch = said.microbatch
     if microbatch is None:
         microbatch, chosen = _microbatch(per_rank, sequence // said.context, said, gpus)
         why += f"; {chosen}"
+    _refuse(_pipeline_problems(said, spec, per_rank // microbatch))
     default_zero: Literal[0, 1] = 0 if said.shard == 1 else 1
     return Layout(
         replicate=said.replicate,
@@ -128,11 +129,20 @@ def resolve(
         context=said.context,
         expert=said.expert,
         pipeline=said.pipeline,
+        schedule=said.schedule,
+        virtual=_virtual(said),
+        split=None if said.split is None else tuple(said.split),
         recompute=said.recompute,
         microbatch=microbatch,
         accumulate=per_rank // microbatch,
         reason=why,
     )
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    found = [f"layout{problem}" for problem in problems]
+    if found:
+        raise ConfigError(found)
 
 
 def _problems(
@@ -186,6 +196,29 @@ def _expert_problems(said: schema.Layout, spec: TransformerSpec) -> Iterator[str
             f".expert: {said.expert} does not divide shard x context ({pool}), which it is taken from: "
             f"{_legal(said.expert, _divisors(pool))}"
         )
+
+
+def _pipeline_problems(said: schema.Layout, spec: TransformerSpec, microbatches: int) -> Iterator[str]:
+    if said.pipeline == 1:
+        return
+    virtual = _virtual(said)
+    for problem in split_problems(spec.layers, said.pipeline * virtual, said.split):
+        yield f".pipeline: {problem}"
+    for problem in schedule_problems(
+        said.schedule,
+        ranks=said.pipeline,
+        stages_per_rank=virtual,
+        microbatches=microbatches,
+        recompute=said.recompute != "none",
+    ):
+        yield f".schedule: {problem}"
+
+
+def _virtual(said: schema.Layout) -> int:
+    """Stages of one pipeline rank."""
+    if said.pipeline == 1:
+        return 1
+    return SCHEDULES[said.schedule].stages_per_rank if said.virtual is None else said.virtual
 
 
 def _microbatch(per_rank: int, tokens: int, said: schema.Layout, gpus: int) -> tuple[int, str]:

@@ -9,26 +9,54 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from muster.model.spec import TransformerSpec
 from muster.model.transformer import Transformer
-from muster.parallel import data
+from muster.parallel import data, stages
 from muster.parallel.apply import Value, apply
 from muster.parallel.inputs import Inputs
 from muster.parallel.mesh import Mesh
+from muster.parallel.pipeline import Activations, Pipeline
+from muster.parallel.schedules import stages_of_rank
+
+Named = list[tuple[str, nn.Parameter]]
+_TIED = "embed.weight"
 
 
 class ParallelModel:
-    def __init__(self, spec: TransformerSpec, mesh: Mesh, *, compute: torch.dtype, value: Value) -> None:
-        """Build this rank's part in place, its parameters filled from `value`; matrices compute in `compute`."""
-        self.mesh = mesh
-        with torch.device("meta"):
-            self._model = Transformer(spec)
-        apply(self._model, mesh, compute=compute, value=value)
+    def __init__(
+        self, spec: TransformerSpec, mesh: Mesh, *, sequence: int, compute: torch.dtype, value: Value
+    ) -> None:
+        """Build this rank's part in place, its parameters filled from `value`; matrices compute in `compute`.
 
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """What this rank holds, each parameter once, by the undivided model's names."""
-        return list(self._model.named_parameters())
+        `sequence` is the tokens of one row of the batch.
+        """
+        self.mesh, self._spec = mesh, spec
+        self._parts: dict[int, Transformer] = {}
+        for index, layers in _layers_of_rank(spec, mesh, sequence).items():
+            with torch.device("meta"):
+                self._parts[index] = Transformer(spec, layers)
+            apply(self._parts[index], mesh, compute=compute, value=value)
+        self._pipeline = _pipeline(self._parts, spec, mesh, sequence, compute)
+
+    def named_parameters(self) -> Named:
+        """What this rank holds, each parameter once over all ranks of the pipeline, by the undivided model's names."""
+        copies = {id(parameter) for _, parameter in self.copies()}
+        return [
+            (name, parameter)
+            for part in self._parts.values()
+            for name, parameter in part.named_parameters()
+            if id(parameter) not in copies
+        ]
+
+    def copies(self) -> Named:
+        """Second copies of parameters, kept equal: a tied embedding is on the first and on the last stage."""
+        return [
+            (_TIED, part.embed.get_parameter("weight"))
+            for part in self._parts.values()
+            if part.embed is not None and not part.is_first
+        ]
 
     def train(self, microbatches: Sequence[Inputs], scale: float) -> Tensor:
         """Forward and backward passes; gradients become those of the global loss sum times `scale`.
@@ -36,28 +64,74 @@ class ParallelModel:
         Returns this rank's share of the summed loss: the shares of all ranks sum to it.
         """
         layout = self.mesh.layout
+        # FSDP2 averages gradients over the ranks that hold the same parameters; so they are summed. (Asking it for a
+        # divide factor of 1 costs two more passes over the gradients where a rank is alone on its shard axis,
+        # and an operation that gloo lacks elsewhere.)
+        scale *= layout.averaged
+        if self._pipeline is not None:
+            total = self._pipeline.step(Inputs.join(microbatches), loss_scale=scale)
+            self._sum_tied(self._pipeline)
+            return total * self.mesh.counts_loss
+        (model,) = self._parts.values()
         total = torch.zeros((), device=self.mesh.device)
         for index, inputs in enumerate(microbatches):
-            data.begin_microbatch(self._model, layout, is_last=index == len(microbatches) - 1)
-            loss = self._loss(inputs)
-            data.sum_over_ranks(loss * scale, layout).backward()  # type: ignore[no-untyped-call]
+            data.begin_microbatch(model, layout, is_last=index == len(microbatches) - 1)
+            loss = model(inputs.tokens, **inputs.named())
+            (loss * scale).backward()
             total += loss.detach()
         return total * self.mesh.counts_loss
 
     @torch.no_grad()
     def score(self, microbatches: Sequence[Inputs]) -> Tensor:
         """This rank's share of the summed loss, without gradients."""
+        if self._pipeline is not None:
+            return self._pipeline.evaluate(Inputs.join(microbatches)) * self.mesh.counts_loss
+        (model,) = self._parts.values()
         total = torch.zeros((), device=self.mesh.device)
         for inputs in microbatches:
-            total += self._loss(inputs)
+            total += model(inputs.tokens, **inputs.named())
         return total * self.mesh.counts_loss
 
     def rest(self) -> None:
         """Drop gathered parameters after scoring, so that the shards are in place."""
-        data.free_gathered(self._model)
+        for part in self._parts.values():
+            data.free_gathered(part)
 
-    def _loss(self, inputs: Inputs) -> Tensor:
-        loss: Tensor = self._model(
-            inputs.tokens, inputs.targets, documents=inputs.documents, positions=inputs.positions
-        )
-        return loss
+    def _sum_tied(self, pipeline: Pipeline) -> None:
+        if self._spec.tied:
+            embeddings = [part.embed.get_parameter("weight") for part in self._parts.values() if part.embed]
+            gradients = [embedding.grad for embedding in embeddings if embedding.grad is not None]
+            pipeline.sum_tied([g.to_local() if isinstance(g, DTensor) else g for g in gradients])
+
+
+def _layers_of_rank(spec: TransformerSpec, mesh: Mesh, sequence: int) -> dict[int, range]:
+    """The layers of each stage that this rank holds, by the stage's index."""
+    layout = mesh.layout
+    if layout.split is None:
+        ranges = stages.split(stages.costs(spec, sequence), layout.pipeline * layout.virtual)
+    else:
+        ranges = stages.explicit(layout.split)
+    own = stages_of_rank(layout.schedule, mesh.place.pipeline, layout.pipeline, layout.virtual)
+    return {index: ranges[index] for index in own}
+
+
+def _pipeline(
+    parts: dict[int, Transformer], spec: TransformerSpec, mesh: Mesh, sequence: int, compute: torch.dtype
+) -> Pipeline | None:
+    layout = mesh.layout
+    if layout.pipeline == 1:
+        return None
+    return Pipeline(
+        parts,
+        schedule=layout.schedule,
+        microbatches=layout.accumulate,
+        rows=layout.microbatch,
+        tokens=sequence // layout.context,
+        activations=Activations(
+            width=spec.width,
+            dtype=compute,
+            device=mesh.device,
+            divided=layout.tensor if layout.sequence_parallel else 1,
+        ),
+        group=mesh.groups["pipeline"],
+    )

@@ -28,6 +28,8 @@ from muster.train.optimizer import AdamW
 from muster.train.plan import Plan
 from muster.train.schedule import learning_rate
 
+_COPY = "copy of "
+"""Marks a second copy of a parameter, which is trained like the first one, but neither counted nor saved."""
 COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -50,10 +52,12 @@ class Trainee:
         self.model = ParallelModel(
             plan.spec,
             self.mesh,
+            sequence=plan.sequence,
             compute=COMPUTE_DTYPE[plan.run.train.precision],
             value=_first_values(plan),
         )
-        self.optimizer = AdamW(self.model.named_parameters(), plan.run.train.optimizer)
+        copies = [(_COPY + name, copy) for name, copy in self.model.copies()]
+        self.optimizer = AdamW(self.model.named_parameters() + copies, plan.run.train.optimizer)
 
     def update(self, step: int, batches: Sequence[Batch], tokens: int) -> Update:
         """One optimizer step from this rank's microbatches; `tokens` are the valid ones of the global batch.
@@ -74,7 +78,7 @@ class Trainee:
             )
         train = self.plan.run.train
         if train.optimizer.clip is not None:
-            gradients.clip(named, norm, train.optimizer.clip)
+            gradients.clip(named + self.model.copies(), norm, train.optimizer.clip)
         lr = learning_rate(step, self.plan.steps, train.optimizer.lr, train.schedule)
         self.optimizer.step(lr)
         return Update(loss=total / tokens, gradient_norm=norm, learning_rate=lr, tokens=tokens)
@@ -91,7 +95,7 @@ class Trainee:
             self.world,
             part=self.mesh.data_index,
             parts=layout.data,
-            at_once=layout.accumulate if layout.pipeline > 1 else 1,
+            at_once=layout.pipeline,  # so that the stages have something to do at the same time
             counts_tokens=self.mesh.reads_first,
         )
         self.model.rest()
@@ -99,13 +103,20 @@ class Trainee:
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds as tensors, by name; shards of this rank."""
-        weights = {WEIGHTS + name: parameter.data for name, parameter in self.model.named_parameters()}
-        return weights | self.optimizer.state()
+        return {name: tensor for name, tensor in self._everything().items() if _COPY not in name}
 
     def restore(self, folder: Path, step: int) -> None:
         """Continue from a checkpoint taken after `step` updates, on any layout."""
         read_shards(self.state(), folder)
+        copies = {name: tensor for name, tensor in self._everything().items() if _COPY in name}
+        if copies:
+            read_shards({name.replace(_COPY, ""): tensor for name, tensor in copies.items()}, folder)
         self.optimizer.set_steps(step)
+
+    def _everything(self) -> dict[str, Tensor]:
+        weights = {WEIGHTS + name: parameter.data for name, parameter in self.model.named_parameters()}
+        copies = {WEIGHTS + _COPY + name: copy.data for name, copy in self.model.copies()}
+        return weights | copies | self.optimizer.state()
 
     def _inputs(self, batch: Batch) -> Inputs:
         return to_inputs(batch, self.world.device, mask_documents=self.plan.run.data.mask_documents)

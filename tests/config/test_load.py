@@ -91,7 +91,7 @@ def test_what_is_missing_is_told_at_its_section(problems) -> None:
         (
             "family: llama",
             "family: lama",
-            "2: model.family: should be llama, mistral, qwen2, qwen3 or gpt2 (got 'lama') - did you mean 'llama'?",
+            "2: model.family: should be llama, mistral, qwen2, qwen3, gpt2, mixtral, qwen3_moe or dots1 (got 'lama') - did you mean 'llama'?",
         ),
         (
             "{train: bpe, vocab: 300}",

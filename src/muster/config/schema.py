@@ -28,7 +28,11 @@ BRANCHES = frozenset({"<section>", "<word>", "<list>", "<text>"})
 Number = Annotated[float, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "qwen3_moe", "dots1"]
+SPARSE = ("mixtral", "qwen3_moe", "dots1")
+"""Families in which every layer has experts."""
+EXPERT_SIZES = ("experts", "experts_per_token", "expert_ffn", "shared_ffn")
+"""What is said of experts only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -36,7 +40,7 @@ class Model:
     """What is trained: a new model (`family` and sizes, or a `preset`), or an existing one (`from`)."""
 
     family: Family | None = None
-    """Architecture of a new model: llama, mistral, qwen2, qwen3 or gpt2."""
+    """Architecture of a new model: llama, mistral, qwen2, qwen3 or gpt2; with experts mixtral, qwen3_moe or dots1."""
     preset: str | None = None
     """A published size by name, e.g. llama-3-8b; sizes written beside it override the preset's."""
     from_: Annotated[str | None, Field(alias="from")] = None
@@ -51,6 +55,14 @@ class Model:
     """Key/value heads K (grouped-query attention); must divide `heads`. Default: `heads`."""
     ffn: Positive | None = None
     """Hidden width F of the feed-forward block. Default: 8/3 x width, rounded up to 64 (gpt2: 4 x width)."""
+    experts: Positive | None = None
+    """Experts X of a layer (mixtral, qwen3_moe, dots1)."""
+    experts_per_token: Positive | None = None
+    """Experts that each token is sent to."""
+    expert_ffn: Positive | None = None
+    """Hidden width of one expert. Default: a dense block's over `experts_per_token`, rounded up to 64."""
+    shared_ffn: Positive | None = None
+    """Hidden width of the experts that see every token (dots1); a multiple of `expert_ffn`. Default: `expert_ffn`."""
     context: Positive | None = None
     """Longest sequence, in tokens."""
     tied: Flag | None = None
@@ -58,7 +70,7 @@ class Model:
     rope_theta: Annotated[Number, Field(gt=0)] | None = None
     """Base of the rotary position frequencies. Default: the family's."""
     window: Positive | None = None
-    """Sliding attention window in tokens (mistral). Default: none."""
+    """Sliding attention window in tokens (mistral, mixtral). Default: none."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:
@@ -67,13 +79,23 @@ class Model:
             said = " and ".join(name.rstrip("_") for name in origins) or "none of them"
             raise ValueError(f"needs exactly one of family, preset or from, but has {said}")
         if self.family is not None:
-            missing = [
-                name for name in ("layers", "width", "heads", "context") if getattr(self, name) is None
-            ]
+            needed = ["layers", "width", "heads", "context"]
+            needed += ["experts", "experts_per_token"] if self.family in SPARSE else []
+            missing = [name for name in needed if getattr(self, name) is None]
             if missing:
                 raise ValueError(f"a new {self.family} model also needs {', '.join(missing)}")
         if self.from_ is not None:
-            sizes = ("layers", "width", "heads", "kv_heads", "ffn", "tied", "rope_theta", "window")
+            sizes = (
+                "layers",
+                "width",
+                "heads",
+                "kv_heads",
+                "ffn",
+                "tied",
+                "rope_theta",
+                "window",
+                *EXPERT_SIZES,
+            )
             said_sizes = [name for name in sizes if getattr(self, name) is not None]
             if said_sizes:
                 raise ValueError(f"'from' fixes the sizes, so {', '.join(said_sizes)} cannot be set")
@@ -190,6 +212,19 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Balance:
+    """How the load of the experts is kept even, in a model that has them."""
+
+    kind: Literal["aux_loss", "bias"] | None = None
+    """aux_loss: a loss on the router; bias: a bias on the choice of experts and no loss (dots1).
+    Default: bias for dots1, else aux_loss."""
+    coefficient: Annotated[Number, Field(ge=0)] | None = None
+    """Weight of aux_loss for each token and layer; 0 for none. Default: 0.001."""
+    rate: Annotated[Number, Field(gt=0)] | None = None
+    """Change of each expert's bias by one step. Default: 0.001."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class Train:
     """How long, how large a batch, and with which optimizer."""
 
@@ -201,6 +236,7 @@ class Train:
     """Tokens of one sample. Default: the model's context."""
     optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
+    balance: Balance = Field(default_factory=Balance)
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: bf16 compute with fp32 master weights and optimizer state; fp32: everything in fp32."""
     eval_every: Interval | None = None

@@ -47,6 +47,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pipeline 2 x shard 2": {"pipeline": 2, "shard": 2},
     "pipeline 2 x tensor 2": {"pipeline": 2, "tensor": 2},
     "pipeline 2 x replicate 2 x tensor 2": {"pipeline": 2, "replicate": 2, "tensor": 2},
+    **{
+        f"context {n}, {kind}": {"context": n, "context_kind": kind}
+        for n in (2, 4)
+        for kind in ("ring", "ulysses")
+    },
+    "context 2 x tensor 2": {"context": 2, "tensor": 2},
+    "context 2 x pipeline 2": {"context": 2, "pipeline": 2},
+    "context 2 x shard 2, zero 3": {"context": 2, "shard": 2, "zero": 3},
     "tensor 2, selective": {"tensor": 2, "recompute": "selective"},
 }
 

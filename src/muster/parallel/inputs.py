@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from muster.model.transformer import positions_in_document
+from muster.parallel.context import Kind
+from muster.parallel.sequence import split
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
@@ -36,6 +40,21 @@ class Inputs:
             )
             for start in range(0, len(self.tokens), rows)
         ]
+
+    def own_tokens(self, *, rank: int, ranks: int, kind: Kind) -> Inputs:
+        """What one rank of the context axis gets of these rows, (B, T / ranks) of each, and where its tokens stand."""
+
+        def part(x: Tensor) -> Tensor:
+            return split(x, 1, rank=rank, ranks=ranks, kind=kind)
+
+        # Rotary positions may begin anew in each document, because only distances within one count.
+        documents = torch.zeros_like(self.tokens) if self.documents is None else self.documents
+        return Inputs(
+            part(self.tokens),
+            None if self.targets is None else part(self.targets),
+            None if self.documents is None else part(self.documents),
+            part(positions_in_document(documents)),
+        )
 
     @classmethod
     def join(cls, pieces: Sequence[Inputs]) -> Inputs:

@@ -13,6 +13,7 @@ from typing import Literal
 from muster.config import schema
 from muster.errors import ConfigError
 from muster.model.spec import TransformerSpec
+from muster.parallel import context
 from muster.parallel.schedules import SCHEDULES, schedule_problems
 from muster.parallel.stages import split_problems
 
@@ -118,6 +119,10 @@ def resolve(
     if microbatch is None:
         microbatch, chosen = _microbatch(per_rank, sequence // said.context, said, gpus)
         why += f"; {chosen}"
+    kind = said.context_kind
+    if kind is None:
+        kind, chosen = context.choose(spec.heads // said.tensor, _local_kv_heads(said, spec), said.context)
+        why += f"; {chosen}" if said.context > 1 else ""
     _refuse(_pipeline_problems(said, spec, per_rank // microbatch))
     default_zero: Literal[0, 1] = 0 if said.shard == 1 else 1
     return Layout(
@@ -127,6 +132,7 @@ def resolve(
         tensor=said.tensor,
         sequence_parallel=said.sequence_parallel and said.tensor > 1,
         context=said.context,
+        context_kind=kind,
         expert=said.expert,
         pipeline=said.pipeline,
         schedule=said.schedule,
@@ -166,13 +172,20 @@ def _problems(
             f"nearest legal values are {_nearest(said.microbatch, legal)}"
         )
     yield from _tensor_problems(said, spec, sequence)
+    if said.context > 1 and spec.heads % said.tensor == 0:
+        kind = said.context_kind or "ring"  # the automatic choice is ring where ulysses cannot be
+        for problem in context.problems(sequence, spec.heads, said.tensor, said.context, kind):
+            yield problem.removeprefix("layout")
     yield from _expert_problems(said, spec)
 
 
 def _tensor_problems(said: schema.Layout, spec: TransformerSpec, sequence: int) -> Iterator[str]:
     if said.tensor == 1:
         return
-    sizes = {"heads": spec.heads, "ffn": spec.ffn}
+    sizes = {"heads": spec.heads}
+    sizes |= (
+        {"expert_ffn": spec.expert_ffn, "shared_ffn": spec.shared_ffn} if spec.experts else {"ffn": spec.ffn}
+    )
     for name, size in sizes.items():
         if size % said.tensor:
             yield f".tensor: {said.tensor} does not divide {name} ({size}): {_legal(said.tensor, _divisors(size))}"
@@ -189,8 +202,20 @@ def _tensor_problems(said: schema.Layout, spec: TransformerSpec, sequence: int) 
         )
 
 
+def _local_kv_heads(said: schema.Layout, spec: TransformerSpec) -> int:
+    """Kv heads of one tensor rank."""
+    return max(spec.kv_heads // said.tensor, 1)
+
+
 def _expert_problems(said: schema.Layout, spec: TransformerSpec) -> Iterator[str]:
     pool = said.shard * said.context
+    if said.expert > 1 and spec.experts == 0:
+        yield f".expert: {said.expert} ranks have no experts to divide: the {spec.family} model has none; leave it out"
+    elif spec.experts % said.expert:
+        yield (
+            f".expert: {said.expert} does not divide the {spec.experts} experts of a layer: "
+            f"{_legal(said.expert, _divisors(spec.experts))}"
+        )
     if said.expert > 1 and pool % said.expert:
         yield (
             f".expert: {said.expert} does not divide shard x context ({pool}), which it is taken from: "

@@ -68,6 +68,7 @@ class ParallelModel:
         # divide factor of 1 costs two more passes over the gradients where a rank is alone on its shard axis,
         # and an operation that gloo lacks elsewhere.)
         scale *= layout.averaged
+        microbatches = [self._own_tokens(inputs) for inputs in microbatches]
         if self._pipeline is not None:
             total = self._pipeline.step(Inputs.join(microbatches), loss_scale=scale)
             self._sum_tied(self._pipeline)
@@ -84,6 +85,7 @@ class ParallelModel:
     @torch.no_grad()
     def score(self, microbatches: Sequence[Inputs]) -> Tensor:
         """This rank's share of the summed loss, without gradients."""
+        microbatches = [self._own_tokens(inputs) for inputs in microbatches]
         if self._pipeline is not None:
             return self._pipeline.evaluate(Inputs.join(microbatches)) * self.mesh.counts_loss
         (model,) = self._parts.values()
@@ -96,6 +98,12 @@ class ParallelModel:
         """Drop gathered parameters after scoring, so that the shards are in place."""
         for part in self._parts.values():
             data.free_gathered(part)
+
+    def _own_tokens(self, inputs: Inputs) -> Inputs:
+        layout = self.mesh.layout
+        if layout.context == 1:
+            return inputs
+        return inputs.own_tokens(rank=self.mesh.place.context, ranks=layout.context, kind=layout.context_kind)
 
     def _sum_tied(self, pipeline: Pipeline) -> None:
         if self._spec.tied:

@@ -7,7 +7,8 @@ k experts of a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -127,10 +128,24 @@ class MoE(nn.Module):
         order = chosen.argsort(stable=True)  # by expert, then by token
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
-        rows = _take(x, order, place, copies)  # (N*k, E) sorted by expert
+        rows = take(x, order, place, copies)  # (N*k, E) sorted by expert
         out = self.experts(rows, load) if self.exchange is None else self.exchange(self.experts, rows, load)
-        out = _take(out, place, order, 1).view(-1, copies, x.shape[1])  # (N*k, E) -> (N, k, E)
+        out = take(out, place, order, 1).view(-1, copies, x.shape[1])  # (N*k, E) -> (N, k, E)
         return (out * weights.to(out.dtype)[..., None]).sum(1)
+
+
+@contextmanager
+def uncounted(module: nn.Module) -> Iterator[None]:
+    """The layers in `module` do not count their load: for a forward pass that only repeats an earlier one."""
+    layers = [layer for layer in module.modules() if isinstance(layer, MoE)]
+    before = [layer.counting for layer in layers]
+    for layer in layers:
+        layer.counting = False
+    try:
+        yield
+    finally:
+        for layer, counting in zip(layers, before, strict=True):
+            layer.counting = counting
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -155,7 +170,7 @@ def _tally(chosen: Tensor, experts: int) -> Tensor:
     return counts.scatter_add_(1, flat, torch.ones_like(flat))
 
 
-def _take(source: Tensor, index: Tensor, place: Tensor, copies: int) -> Tensor:
+def take(source: Tensor, index: Tensor, place: Tensor, copies: int) -> Tensor:
     """Rows of source (N, E), each `copies` times, in the order that `index` (N*copies,) gives the copies.
 
     `place` is the inverse of `index`.

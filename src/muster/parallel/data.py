@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from muster.model.moe import MoE
 from muster.model.transformer import Transformer
 from muster.parallel.layout import Layout
 from muster.parallel.mesh import Mesh
@@ -36,6 +37,14 @@ def shard(model: Transformer, mesh: Mesh, compute: torch.dtype) -> None:
     )
     data = mesh.dense_data()
     for block in model.blocks:
+        if layout.expert > 1 and isinstance(block.mlp, MoE):
+            # Each expert rank has other experts, so fewer ranks share them.
+            fully_shard(
+                block.mlp.experts,
+                mesh=mesh.expert_data(),
+                reshard_after_forward=layout.zero == 3,
+                mp_policy=policy,
+            )
         fully_shard(block, mesh=data, reshard_after_forward=layout.zero == 3, mp_policy=policy)
     fully_shard(model, mesh=data, reshard_after_forward=False, mp_policy=policy)
 

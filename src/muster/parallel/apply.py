@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from muster.parallel import data
+from muster.parallel import data, offload
 from muster.parallel.layout import Layout
 
 Value = Callable[[str, torch.Size], Tensor]
@@ -39,7 +39,7 @@ def apply(
         for block in blocks:
             _recompute(block)
     data.shard(blocks, model, mesh, layout, compute)
-    model.to_empty(device=mesh.device_type)
+    model.to_empty(device=offload.home(layout.offload, mesh.device_type))
     fill(model, value)
 
 

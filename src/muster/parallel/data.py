@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from muster.parallel import offload
 from muster.parallel.layout import Layout
 
 
@@ -43,9 +44,16 @@ def shard(
         reduce_dtype=None if alone else torch.float32,
         cast_forward_inputs=False,
     )
+    homes = offload.policy(layout.offload)
     for module in blocks:
-        fully_shard(module, mesh=mesh, reshard_after_forward=layout.zero == 3, mp_policy=policy)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=layout.zero == 3,
+            mp_policy=policy,
+            offload_policy=homes,
+        )
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=homes)
 
 
 def sum_over_ranks(loss: Tensor, layout: Layout) -> Tensor:

@@ -28,6 +28,7 @@ class Layout:
     """Sequences of one forward pass on one rank."""
     accumulate: int
     """Forward passes of one rank in one step."""
+    offload: Literal["none", "cpu", "disk"] = "none"
     reason: str
     """Why these values, in a few words, for the run's log."""
 
@@ -36,8 +37,11 @@ class Layout:
         return self.replicate * self.shard
 
     def __str__(self) -> str:
-        axes = f"replicate {self.replicate} x shard {self.shard}"
-        return f"{axes}, zero {self.zero}, recompute {self.recompute}, microbatch {self.microbatch} x {self.accumulate}"
+        axes = f"replicate {self.replicate} x shard {self.shard}, zero {self.zero}"
+        offload = "" if self.offload == "none" else f", offload {self.offload}"
+        return (
+            f"{axes}, recompute {self.recompute}{offload}, microbatch {self.microbatch} x {self.accumulate}"
+        )
 
 
 def sequences_per_batch(train: schema.Train, context: int) -> int:
@@ -113,6 +117,7 @@ def resolve(run: schema.Run, *, context: int, cores: int, gpus: int, ranks: int 
         recompute=said.recompute,
         microbatch=microbatch,
         accumulate=per_rank // microbatch,
+        offload=said.offload,
         reason=why,
     )
 

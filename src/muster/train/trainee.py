@@ -21,7 +21,7 @@ from muster.parallel.world import World
 from muster.train import gradients
 from muster.train.evaluate import Evaluation, evaluate
 from muster.train.forward import summed_loss
-from muster.train.optimizer import AdamW
+from muster.train.optimizer import make_optimizer
 from muster.train.plan import Plan
 from muster.train.schedule import learning_rate
 
@@ -53,7 +53,12 @@ class Trainee:
             compute=COMPUTE_DTYPE[plan.run.train.precision],
             value=_first_values(plan),
         )
-        self.optimizer = AdamW(self.model, plan.run.train.optimizer)
+        self.optimizer = make_optimizer(
+            self.model,
+            plan.run.train.optimizer,
+            compute=COMPUTE_DTYPE[plan.run.train.precision],
+            scratch=plan.folder if plan.layout.offload == "disk" else None,
+        )
 
     def update(self, step: int, batches: Sequence[Batch], tokens: int) -> Update:
         """One optimizer step from this rank's microbatches; `tokens` are the valid ones of the global batch.

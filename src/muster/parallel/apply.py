@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from muster.model.moe import MoE
 from muster.model.transformer import Transformer, named_tensors
-from muster.parallel import data, expert, recompute, tensor
+from muster.parallel import data, expert, offload, recompute, tensor
 from muster.parallel.mesh import Group, Mesh
 from muster.parallel.ring import Ring
 from muster.parallel.ulysses import Ulysses
@@ -36,7 +36,7 @@ def apply(model: Transformer, mesh: Mesh, *, compute: torch.dtype, value: Value)
         _attend_across(model, mesh.groups["context"], layout.context_kind)
     recompute.apply(model, layout.recompute)
     data.shard(model, mesh, compute)
-    model.to_empty(device=mesh.device.type)
+    model.to_empty(device=offload.home(layout.offload, mesh.device.type))
     fill(model, value)
 
 

@@ -25,7 +25,7 @@ from muster.parallel.world import World
 from muster.train import gradients
 from muster.train.evaluate import Evaluation, evaluate
 from muster.train.forward import to_inputs
-from muster.train.optimizer import AdamW
+from muster.train.optimizer import make_optimizer
 from muster.train.plan import Plan
 from muster.train.schedule import learning_rate
 
@@ -68,8 +68,13 @@ class Trainee:
             compute=COMPUTE_DTYPE[plan.run.train.precision],
             value=_first_values(plan),
         )
-        copies = [(_COPY + name, copy) for name, copy in self.model.copies()]
-        self.optimizer = AdamW(self.model.named_parameters() + copies, plan.run.train.optimizer)
+        copies = {_COPY + name: copy for name, copy in self.model.copies()}
+        self.optimizer = make_optimizer(
+            dict(self.model.named_parameters()) | copies,
+            plan.run.train.optimizer,
+            compute=COMPUTE_DTYPE[plan.run.train.precision],
+            scratch=plan.folder if plan.layout.offload == "disk" else None,
+        )
 
     def update(self, step: int, batches: Sequence[Batch], tokens: int) -> Update:
         """One optimizer step from this rank's microbatches; `tokens` are the valid ones of the global batch.

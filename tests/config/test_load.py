@@ -133,7 +133,7 @@ def test_one_fault_is_one_sentence(problems, old: str, new: str, said: str) -> N
         ("  optimizer: {kind: moun}", "train.optimizer.kind: should be adamw or muon (got 'moun') - did you mean 'muon'?"),
         ("  optimizer: {momentum: 0.9}", "train.optimizer: momentum (0.9) is muon's, and adamw has betas instead: remove it, or write kind: muon"),
         ("  optimizer: {kind: muon, momentum: 1}", "train.optimizer.momentum: should be less than 1 (got 1)"),
-        ("layout: {offload: gpu}", "layout.offload: should be none, cpu or disk (got 'gpu')"),
+        ("layout: {offload: gpu}", "layout.offload: should be none, cpu or disk (got 'gpu') - did you mean 'cpu'?"),
         ("serve: nothing", "serve: should be a section with keys such as host, port, streams (got 'nothing')"),
         ("track: &t [*t]", "nested deeper than 32 levels"),
         ("? [a, b]\n: c", "a key should be a word, not a list or mapping"),

@@ -54,6 +54,17 @@ def test_tiles_cover_the_visible_pairs_and_little_else() -> None:
     assert covered.float().mean() < 0.06
 
 
+def test_tiles_of_other_documents_are_skipped() -> None:
+    T = 4096
+    ids = torch.arange(T)[None] // 512
+    tiles = list(Sight(0, documents=(ids, ids)).tiles(T, T, torch.device("cpu")))
+    assert len(tiles) <= 0.4 * len(list(Sight(0).tiles(T, T, torch.device("cpu"))))
+    covered = torch.zeros(T, T, dtype=torch.bool)
+    for tile in tiles:
+        covered[tile] = True
+    assert covered[(ids[0][:, None] == ids[0]) & (torch.arange(T)[:, None] >= torch.arange(T))].all()
+
+
 @pytest.mark.parametrize(
     ("sight", "shape"),
     [

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -168,6 +168,29 @@ def grad_part_(
         grad_q[:, :, rows].add_(torch.bmm(grad_s, keys).view(B, H, -1, D), alpha=scale)
         grad_k[:, :, columns].add_(torch.bmm(grad_s.transpose(1, 2), block).view(B, K, -1, D), alpha=scale)
         grad_v[:, :, columns].add_(torch.bmm(p.transpose(1, 2), grad_out).view(B, K, -1, D))
+
+
+class TiledAttention(torch.autograd.Function):
+    """`muster.model.attend.attend` in tiles: memory grows with T, and packed documents cost only their own work."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int | None
+    ) -> Tensor:
+        running = Running(q)
+        sight = Sight(0, window, None if documents is None else (documents, documents))
+        attend_part_(running, slice(0, q.shape[2]), q, k, v, sight)
+        out = running.out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, running.lse)
+        ctx.sight = sight
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
+        grad_part_((grad_q, grad_k, grad_v), Outcome(out, lse, grads[0]), q, k, v, ctx.sight)
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
 
 
 def _ones(rows: int, columns: int, like: Tensor) -> Tensor:

@@ -132,6 +132,10 @@ def test_one_fault_is_one_sentence(problems, old: str, new: str, said: str) -> N
         ("  optimizer: {lr: .nan}", "train.optimizer.lr: should be a finite number (got nan)"),
         ("  optimizer: {betas: [0.9, 1.5]}", "train.optimizer.betas.1: should be less than 1 (got 1.5)"),
         ("  optimizer: {betas: [0.9]}", "train.optimizer.betas.1: required"),
+        ("  optimizer: {kind: moun}", "train.optimizer.kind: should be adamw or muon (got 'moun') - did you mean 'muon'?"),
+        ("  optimizer: {momentum: 0.9}", "train.optimizer: momentum (0.9) is muon's, and adamw has betas instead: remove it, or write kind: muon"),
+        ("  optimizer: {kind: muon, momentum: 1}", "train.optimizer.momentum: should be less than 1 (got 1)"),
+        ("layout: {offload: gpu}", "layout.offload: should be none, cpu or disk (got 'gpu') - did you mean 'cpu'?"),
         ("serve: nothing", "serve: should be a section with keys such as host, port, streams (got 'nothing')"),
         ("track: &t [*t]", "nested deeper than 32 levels"),
         ("? [a, b]\n: c", "a key should be a word, not a list or mapping"),
@@ -143,6 +147,12 @@ def test_one_fault_is_one_sentence(problems, old: str, new: str, said: str) -> N
 )  # fmt: skip
 def test_faults_of_later_sections(problems, tail: str, said: str) -> None:
     assert problems(f"{GOOD}{tail}\n") == [f"run.yaml:9: {said}"]
+
+
+def test_what_one_section_forbids_another(problems) -> None:
+    assert problems(GOOD + "  optimizer: {kind: muon}\nlayout: {offload: disk}\n") == [
+        "run.yaml:1: layout.offload: disk streams AdamW's two moments, but train.optimizer.kind is muon, which keeps one: write offload: cpu, or kind: adamw"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from muster.model.generate import generate
 from muster.model.spec import TransformerSpec
 from muster.model.transformer import Transformer
 from muster.parallel import world
 from muster.parallel.inputs import Inputs
+from muster.parallel.orders import orders
 from muster.parallel.pipeline import Activations, Pipeline
 from muster.parallel.schedules import SCHEDULES, stages_of_rank
+from muster.parallel.simulate import Action, Operation, simulate
 from muster.parallel.stages import explicit
 
 TOLERANCE = 1e-5
@@ -144,3 +147,94 @@ def test_same_as_one_process(
     layers = UNEVEN[ranks * SCHEDULES[schedule].stages_per_rank]
     for worst in run_ranks(ranks, train, spec(tied=tied), schedule, microbatches, layers):
         assert max(worst.values()) < TOLERANCE, worst
+
+
+def continue_greedily(
+    shape: TransformerSpec, schedule: str, layers: list[int]
+) -> tuple[list[Any], list[Any]]:
+    with world.join(60):
+        _, pipeline = build(shape, schedule, 4, explicit(layers))
+        whole = Transformer(shape)
+        whole.init_weights(seed=3)
+        tokens, _, _ = batch(5, shape.vocab, seed=1)
+        logits = pipeline.logits(tokens)
+        if logits is not None:
+            torch.testing.assert_close(logits, whole(tokens), rtol=1e-5, atol=1e-6)
+        return pipeline.generate(tokens, 6).tolist(), generate(whole, tokens, 6).tolist()
+
+
+@pytest.mark.parametrize(("schedule", "ranks"), [("1f1b", 4), ("interleaved", 2), ("zbv", 2)])
+def test_generation_goes_through_the_same_stages(schedule: str, ranks: int, run_ranks: Any) -> None:
+    shape = spec(tied=schedule == "1f1b", positions="learned" if schedule == "zbv" else "rope")
+    for ours, reference in run_ranks(ranks, continue_greedily, shape, schedule, UNEVEN[4]):
+        assert ours == reference
+
+
+def record(shape: TransformerSpec, schedule: str, layers: list[int]) -> list[Operation]:
+    with world.join(60):
+        _, pipeline = build(shape, schedule, 4, explicit(layers))
+        tokens, targets, _ = batch(4 * ROWS, shape.vocab, seed=1)
+        pipeline.step(Inputs(tokens, targets))
+        with pipeline.recording() as operations:
+            pipeline.step(Inputs(tokens, targets))
+        pipeline.step(Inputs(tokens, targets))
+        return operations
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_is_recorded_is_what_is_planned(schedule: str, run_ranks: Any) -> None:
+    stages_per_rank = SCHEDULES[schedule].stages_per_rank
+    recorded = run_ranks(2, record, spec(), schedule, UNEVEN[2 * stages_per_rank])
+    plan = orders(schedule, ranks=2, stages_per_rank=stages_per_rank, microbatches=4)
+    assert [[Action(o.stage, o.kind, o.microbatch) for o in own] for own in recorded] == plan
+    ends = {Action(o.stage, o.kind, o.microbatch): o.end_s for own in recorded for o in own}
+    starts = {Action(o.stage, o.kind, o.microbatch): o.start_s for own in recorded for o in own}
+    for action, start_s in starts.items():
+        if action.kind == "F" and action.stage:
+            assert start_s > ends[Action(action.stage - 1, "F", action.microbatch)]
+    assert all(o.rank == rank for rank, own in enumerate(recorded) for o in own)
+    assert len(
+        simulate(plan, {(o.stage, o.kind): o.end_s - o.start_s for own in recorded for o in own})
+    ) == len(ends)
+
+
+def test_tokens_divided_between_stages(run_ranks: Any) -> None:
+    """Sequence parallelism: hidden states of half the tokens travel, and positions tell the whole length."""
+    for ours, reference in run_ranks(2, halve):
+        assert ours == pytest.approx(reference, rel=TOLERANCE)
+
+
+class Halving(torch.nn.Module):
+    """Stands for a stage under sequence parallelism whose other rank holds equal hidden states."""
+
+    def __init__(self, stage: Transformer) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
+        x = x if self.stage.is_first else torch.cat([x, x], dim=1)
+        out = self.stage(x, targets, positions=positions)
+        return out if self.stage.is_last else out[:, : out.shape[1] // 2]
+
+
+def halve() -> tuple[float, float]:
+    with world.join(60) as joined:
+        shape = spec()
+        modules = stage_modules(shape, explicit([5, 4]), [joined.rank])
+        assert dist.group.WORLD is not None
+        pipeline = Pipeline(
+            {index: Halving(module) for index, module in modules.items()},
+            schedule="1f1b",
+            microbatches=2,
+            rows=ROWS,
+            tokens=TOKENS,
+            activations=Activations(
+                width=shape.width, dtype=torch.float32, device=torch.device("cpu"), divided=2
+            ),
+            group=dist.group.WORLD,
+        )
+        tokens, targets, _ = batch(2 * ROWS, shape.vocab, seed=1)
+        (loss,) = joined.sum(float(pipeline.step(Inputs(tokens, targets))))
+        stages = stage_modules(shape, explicit([5, 4]), [0, 1])
+        hidden = stages[0](tokens)[:, : TOKENS // 2]
+        return loss, float(stages[1](torch.cat([hidden, hidden], dim=1), targets))

@@ -173,20 +173,32 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class Optimizer:
-    """AdamW (Loshchilov & Hutter 2019); weight decay applies to matrices only."""
+    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the matrices of the blocks."""
 
-    kind: Literal["adamw"] = "adamw"
-    """adamw."""
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw or muon. Under muon the embedding, the head, norms, biases and routers stay with AdamW; its
+    updates are scaled to AdamW's size, so a rate and a decay found for one serve the other."""
     lr: Annotated[Number, Field(gt=0)] = 3e-4
     """Peak learning rate."""
     betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """Decay of the first and second moment."""
+    """Decay of the first and second moment of AdamW."""
+    momentum: Annotated[Number, Field(ge=0, lt=1)] | None = None
+    """Decay of the momentum of muon. Default: 0.95."""
     eps: Annotated[Number, Field(gt=0)] = 1e-8
     """Added to the denominator."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.1
     """Decoupled weight decay of matrices."""
     clip: Annotated[Number, Field(gt=0)] | None = 1.0
     """Largest global gradient norm; null for no clipping."""
+
+    @model_validator(mode="after")
+    def _momentum_is_muons(self) -> Optimizer:
+        if self.kind != "muon" and self.momentum is not None:
+            raise ValueError(
+                f"momentum ({self.momentum:g}) is muon's, and {self.kind} has betas instead: remove it, "
+                f"or write kind: muon"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -288,6 +300,9 @@ class Layout:
     """What the backward pass computes again instead of keeping: nothing, attention, or whole blocks."""
     microbatch: Positive | None = None
     """Sequences of one forward pass on one rank. Default: chosen, and printed with its reason."""
+    offload: Literal["none", "cpu", "disk"] = "none"
+    """cpu: parameters, gradients and optimizer state stay in the host's memory, where the optimizer then
+    runs; disk: as cpu, and AdamW's moments in a file of the run's folder, read and written block by block."""
 
     @model_validator(mode="after")
     def _fits(self) -> Layout:
@@ -369,6 +384,16 @@ class Run:
     serve: Serve = Field(default_factory=Serve)
     track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     """Also send metrics there (needs the 'track' extra)."""
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> Run:
+        kind = self.train.optimizer.kind
+        if not isinstance(self.layout, str) and self.layout.offload == "disk" and kind != "adamw":
+            raise ValueError(
+                f"layout.offload: disk streams AdamW's two moments, but train.optimizer.kind is {kind}, which "
+                f"keeps one: write offload: cpu, or kind: adamw"
+            )
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved run as plain data, defaults included; `load` reads it back to an equal run."""

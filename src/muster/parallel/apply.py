@@ -1,4 +1,5 @@
-"""Applies a layout to a plain model, in one place and one order: tensor -> context -> recompute -> shard -> fill.
+"""Applies a layout to a plain model, in one place and one order:
+expert -> tensor -> context -> recompute -> shard -> fill.
 
 The model arrives on the meta device; only each rank's shards are ever allocated, and they
 are filled one parameter at a time, so that no rank holds the whole model.
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from muster.model.moe import MoE
 from muster.model.transformer import Transformer, named_tensors
-from muster.parallel import data, recompute, tensor
+from muster.parallel import data, expert, offload, recompute, tensor
 from muster.parallel.mesh import Group, Mesh
 from muster.parallel.ring import Ring
 from muster.parallel.ulysses import Ulysses
@@ -27,13 +28,15 @@ Value = Callable[[str, torch.Size], Tensor]
 def apply(model: Transformer, mesh: Mesh, *, compute: torch.dtype, value: Value) -> None:
     """Distribute `model` (on meta) in place over `mesh` and fill its parameters from `value`."""
     layout = mesh.layout
+    if layout.expert > 1:
+        expert.divide(model, mesh.expert())
     if layout.tensor > 1:
         tensor.divide(model, mesh.tensor(), sequence=layout.sequence_parallel)
     if layout.context > 1:
         _attend_across(model, mesh.groups["context"], layout.context_kind)
     recompute.apply(model, layout.recompute)
     data.shard(model, mesh, compute)
-    model.to_empty(device=mesh.device.type)
+    model.to_empty(device=offload.home(layout.offload, mesh.device.type))
     fill(model, value)
 
 

@@ -19,7 +19,9 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from muster.model.moe import MoE
 from muster.model.transformer import Transformer
+from muster.parallel import offload
 from muster.parallel.layout import Layout
 from muster.parallel.mesh import Mesh
 
@@ -35,9 +37,20 @@ def shard(model: Transformer, mesh: Mesh, compute: torch.dtype) -> None:
         cast_forward_inputs=False,
     )
     data = mesh.dense_data()
+    homes = offload.policy(layout.offload)
+    deep = layout.zero == 3
     for block in model.blocks:
-        fully_shard(block, mesh=data, reshard_after_forward=layout.zero == 3, mp_policy=policy)
-    fully_shard(model, mesh=data, reshard_after_forward=False, mp_policy=policy)
+        if layout.expert > 1 and isinstance(block.mlp, MoE):
+            # Each expert rank has other experts, so fewer ranks share them.
+            fully_shard(
+                block.mlp.experts,
+                mesh=mesh.expert_data(),
+                reshard_after_forward=deep,
+                mp_policy=policy,
+                offload_policy=homes,
+            )
+        fully_shard(block, mesh=data, reshard_after_forward=deep, mp_policy=policy, offload_policy=homes)
+    fully_shard(model, mesh=data, reshard_after_forward=False, mp_policy=policy, offload_policy=homes)
 
 
 def begin_microbatch(model: nn.Module, layout: Layout, *, is_last: bool) -> None:

@@ -44,6 +44,7 @@ class Layout:
     """Sequences of one forward pass on one rank."""
     accumulate: int
     """Forward passes of one rank in one step."""
+    offload: Literal["none", "cpu", "disk"] = "none"
     reason: str
     """Why these values, in a few words, for the run's log."""
 
@@ -73,7 +74,10 @@ class Layout:
             words.append(self.context_kind)
         if self.pipeline > 1:
             words.append(self.schedule)
-        words += [f"recompute {self.recompute}", f"microbatch {self.microbatch} x {self.accumulate}"]
+        words.append(f"recompute {self.recompute}")
+        if self.offload != "none":
+            words.append(f"offload {self.offload}")
+        words += [f"microbatch {self.microbatch} x {self.accumulate}"]
         return ", ".join(words)
 
 
@@ -141,6 +145,7 @@ def resolve(
         recompute=said.recompute,
         microbatch=microbatch,
         accumulate=per_rank // microbatch,
+        offload=said.offload,
         reason=why,
     )
 

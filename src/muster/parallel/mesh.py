@@ -66,6 +66,12 @@ class Mesh:
         return place.pipeline == place.context == place.tensor == 0
 
     @property
+    def is_first_of_stage(self) -> bool:
+        """True on one of the ranks that hold the same layers."""
+        place = self.place
+        return place.replicate == place.shard == place.context == place.tensor == 0
+
+    @property
     def counts_loss(self) -> bool:
         """False where another rank of the tensor axis holds the same loss."""
         return self.place.tensor == 0

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from muster.model.balance import update_bias
+from muster.model.moe import MoE
 from muster.model.spec import TransformerSpec
 from muster.model.transformer import Transformer
 from muster.parallel import data, stages
@@ -58,10 +61,15 @@ class ParallelModel:
             if part.embed is not None and not part.is_first
         ]
 
-    def train(self, microbatches: Sequence[Inputs], scale: float) -> Tensor:
+    def named_buffers(self) -> list[tuple[str, Tensor]]:
+        """What this rank holds that is kept but not trained by gradients; whole on every rank of a stage."""
+        return [named for part in self._parts.values() for named in part.named_buffers()]
+
+    def train(self, microbatches: Sequence[Inputs], scale: float, balance: float = 0.0) -> Tensor:
         """Forward and backward passes; gradients become those of the global loss sum times `scale`.
 
-        Returns this rank's share of the summed loss: the shares of all ranks sum to it.
+        `balance` is the coefficient of the experts' balance loss. Returns this rank's share of the summed loss
+        (without that): the shares of all ranks sum to it.
         """
         layout = self.mesh.layout
         # FSDP2 averages gradients over the ranks that hold the same parameters; so they are summed. (Asking it for a
@@ -69,6 +77,9 @@ class ParallelModel:
         # and an operation that gloo lacks elsewhere.)
         scale *= layout.averaged
         microbatches = [self._own_tokens(inputs) for inputs in microbatches]
+        for moe in self._sparse_layers().values():
+            # Every tensor rank routes the same tokens, and the gradients of routers are summed over them.
+            moe.aux_scale = balance * scale / layout.tensor
         if self._pipeline is not None:
             total = self._pipeline.step(Inputs.join(microbatches), loss_scale=scale)
             self._sum_tied(self._pipeline)
@@ -81,6 +92,23 @@ class ParallelModel:
             (loss * scale).backward()
             total += loss.detach()
         return total * self.mesh.counts_loss
+
+    def take_load(self) -> Tensor | None:
+        """Tokens sent to each expert of each layer by all ranks since the last call, (L, X); None without experts."""
+        if not self._spec.experts:
+            return None
+        load = torch.zeros(self._spec.layers, self._spec.experts, dtype=torch.int64, device=self.mesh.device)
+        for layer, moe in self._sparse_layers().items():
+            load[layer] = moe.load * self.mesh.counts_loss
+            moe.reset_load()
+        dist.all_reduce(load)
+        return load
+
+    def balance_by_bias(self, load: Tensor, rate: float) -> None:
+        """Move the routers' biases after a step with that load (L, X) by `rate` (Wang et al. 2024)."""
+        for layer, moe in self._sparse_layers().items():
+            assert moe.router.bias is not None
+            update_bias(moe.router.bias, load[layer], rate)
 
     @torch.no_grad()
     def score(self, microbatches: Sequence[Inputs]) -> Tensor:
@@ -98,6 +126,15 @@ class ParallelModel:
         """Drop gathered parameters after scoring, so that the shards are in place."""
         for part in self._parts.values():
             data.free_gathered(part)
+
+    def _sparse_layers(self) -> dict[int, MoE]:
+        """The layers with experts on this rank, by their number in the model."""
+        return {
+            block.attention.layer: block.mlp
+            for part in self._parts.values()
+            for block in part.blocks
+            if isinstance(block.mlp, MoE)
+        }
 
     def _own_tokens(self, inputs: Inputs) -> Inputs:
         layout = self.mesh.layout

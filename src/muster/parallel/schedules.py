@@ -76,7 +76,10 @@ def rank_of_stage(schedule: str, stage: int, ranks: int) -> int:
 def schedule_problems(
     schedule: str, *, ranks: int, stages_per_rank: int, microbatches: int, recompute: bool = False
 ) -> list[str]:
-    """Why this schedule cannot run, one sentence each with the nearest legal values; empty where it can."""
+    """Why this schedule cannot run, one sentence each with the nearest legal values; empty where it can.
+
+    `recompute`: whole blocks are run again in the backward pass.
+    """
     kind = SCHEDULES[schedule]
     found = []
     if not kind.variable and stages_per_rank != kind.stages_per_rank:
@@ -89,6 +92,12 @@ def schedule_problems(
         found.append(
             f"schedule {schedule} on {ranks} pipeline ranks cannot run {microbatches} microbatches a step: "
             f"nearest legal values are {near}"
+        )
+    if recompute and kind.splits_backward:
+        # Measured: the passes that follow the first each unpack, and so recompute, the block anew.
+        found.append(
+            f"schedule {schedule} splits the backward pass, and torch would then recompute a block once for each of "
+            f"its weights: use recompute none, or schedule 1f1b or interleaved"
         )
     return found
 

@@ -64,6 +64,8 @@ def divide(model: Transformer, mesh: DeviceMesh, *, sequence: bool) -> None:
     for name, module in list(model.named_modules()):
         views = {}
         for leaf, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):
+                continue  # experts, which the expert axis has divided on both
             full = f"{name}.{leaf}" if name else leaf
             placement, views[leaf] = _treatment(full, model, mesh, sequence=sequence)
             divided = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
 from muster.parallel.simulate import Kind, Operation
@@ -68,7 +69,7 @@ class Recorder:
 
 
 class RecordedStage(PipelineStage):
-    """Torch's stage; while `recorder` is set, it is told of every operation."""
+    """Torch's stage; while `recorder` is set, it is told of every operation. Sends views as well."""
 
     recorder: Recorder | None = None
 
@@ -86,7 +87,20 @@ class RecordedStage(PipelineStage):
         with self._measure("W", bwd_chunk_id):
             return super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return _contiguous(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return _contiguous(super().get_bwd_send_ops(bwd_chunk_id))
+
     def _measure(self, kind: Kind, microbatch: int) -> contextlib.AbstractContextManager[None]:
         if self.recorder is None:
             return contextlib.nullcontext()
         return self.recorder.measure(self.stage_index, kind, microbatch)
+
+
+def _contiguous(sends: list[dist.P2POp]) -> list[dist.P2POp]:
+    """Back ends refuse to send a view, such as a part of the tokens of hidden states (B, T, E)."""
+    for send in sends:
+        send.tensor = send.tensor.contiguous()
+    return sends

@@ -14,6 +14,7 @@ from muster.checkpoint.state import WEIGHTS, read_shards
 from muster.data.evaluation import EvaluationBatches
 from muster.data.packing import Batch
 from muster.errors import TrainingError
+from muster.model.build import balance_from_config
 from muster.model.folder import open_weights
 from muster.model.transformer import initial_value, parameter_names
 from muster.parallel.apply import Value
@@ -24,7 +25,7 @@ from muster.parallel.world import World
 from muster.train import gradients
 from muster.train.evaluate import Evaluation, evaluate
 from muster.train.forward import to_inputs
-from muster.train.optimizer import AdamW
+from muster.train.optimizer import make_optimizer
 from muster.train.plan import Plan
 from muster.train.schedule import learning_rate
 
@@ -43,12 +44,23 @@ class Update:
     learning_rate: float
     tokens: int
     """Valid target tokens of the global batch."""
+    expert_load: Tensor | None = None
+    """Tokens sent to each expert of each layer, (L, X); None in a model without experts."""
+
+    @property
+    def imbalance(self) -> float | None:
+        """The busiest expert's tokens over its layer's mean, in the layer where that is most; 1 is even."""
+        if self.expert_load is None:
+            return None
+        load = self.expert_load.double()
+        return float((load.amax(1) / load.mean(1)).max())
 
 
 class Trainee:
     def __init__(self, plan: Plan, world: World) -> None:
         self.plan, self.world = plan, world
         self.mesh = Mesh(plan.layout, world.device)
+        self.balance = balance_from_config(plan.run.train.balance, plan.spec)
         self.model = ParallelModel(
             plan.spec,
             self.mesh,
@@ -56,8 +68,13 @@ class Trainee:
             compute=COMPUTE_DTYPE[plan.run.train.precision],
             value=_first_values(plan),
         )
-        copies = [(_COPY + name, copy) for name, copy in self.model.copies()]
-        self.optimizer = AdamW(self.model.named_parameters() + copies, plan.run.train.optimizer)
+        copies = {_COPY + name: copy for name, copy in self.model.copies()}
+        self.optimizer = make_optimizer(
+            dict(self.model.named_parameters()) | copies,
+            plan.run.train.optimizer,
+            compute=COMPUTE_DTYPE[plan.run.train.precision],
+            scratch=plan.folder if plan.layout.offload == "disk" else None,
+        )
 
     def update(self, step: int, batches: Sequence[Batch], tokens: int) -> Update:
         """One optimizer step from this rank's microbatches; `tokens` are the valid ones of the global batch.
@@ -66,7 +83,9 @@ class Trainee:
         valid tokens, never a mean of means, so no layout changes it.
         """
         seed_step(self.plan.run.train.seed, step)
-        summed = self.model.train([self._inputs(batch) for batch in batches], 1 / tokens)
+        coefficient = (self.balance.coefficient if self.balance else None) or 0.0
+        summed = self.model.train([self._inputs(batch) for batch in batches], 1 / tokens, coefficient)
+        load = self.model.take_load()
         named = self.model.named_parameters()
         total, square = self.world.sum(float(summed), gradients.squared_norm(named))
         norm = math.sqrt(square)
@@ -81,7 +100,11 @@ class Trainee:
             gradients.clip(named + self.model.copies(), norm, train.optimizer.clip)
         lr = learning_rate(step, self.plan.steps, train.optimizer.lr, train.schedule)
         self.optimizer.step(lr)
-        return Update(loss=total / tokens, gradient_norm=norm, learning_rate=lr, tokens=tokens)
+        if load is not None and self.balance and self.balance.rate:
+            self.model.balance_by_bias(load, self.balance.rate)
+        return Update(
+            loss=total / tokens, gradient_norm=norm, learning_rate=lr, tokens=tokens, expert_load=load
+        )
 
     def evaluate(self, limit_tokens: int | None = None) -> Evaluation:
         """Score the held-out documents, or their first `limit_tokens`."""
@@ -116,7 +139,8 @@ class Trainee:
     def _everything(self) -> dict[str, Tensor]:
         weights = {WEIGHTS + name: parameter.data for name, parameter in self.model.named_parameters()}
         copies = {WEIGHTS + _COPY + name: copy.data for name, copy in self.model.copies()}
-        return weights | copies | self.optimizer.state()
+        buffers = {WEIGHTS + name: buffer for name, buffer in self.model.named_buffers()}
+        return weights | buffers | copies | self.optimizer.state()
 
     def _inputs(self, batch: Batch) -> Inputs:
         return to_inputs(batch, self.world.device, mask_documents=self.plan.run.data.mask_documents)

@@ -20,6 +20,7 @@ from muster.model.cache import CacheRows
 from muster.model.loss import CrossEntropy, linear_cross_entropy
 from muster.model.mlp import MLP
 from muster.model.moe import MoE
+from muster.model.norm import rms_norm
 from muster.model.rope import rotate, rotation, rotation_at
 from muster.model.spec import TransformerSpec
 
@@ -31,7 +32,7 @@ _TO_RESIDUAL = ("attention.o.weight", "mlp.down.weight", "mlp.shared.down.weight
 
 
 class Norm(nn.Module):
-    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last dim."""
+    """RMSNorm or LayerNorm over the last dim."""
 
     def __init__(self, spec: TransformerSpec, size: int) -> None:
         super().__init__()
@@ -42,7 +43,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from muster.model.attend import attend
 from muster.model.partial import Outcome, Running, Sight, attend_part_, grad_part_
 from tests.model.test_attend import reference
 
@@ -41,6 +42,26 @@ def test_parts_of_the_keys_merge_to_the_whole(window: int | None, packed: bool, 
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("packed", [False, True])
+def test_long_masked_sequences_take_the_tiles_on_cpu(window: int | None, packed: bool) -> None:
+    T = 2200
+    q = torch.randn(1, 2, T, 8, requires_grad=True)
+    k, v = (torch.randn(1, 1, T, 8, requires_grad=True) for _ in range(2))
+    documents = torch.arange(T)[None] // 700 if packed else None
+    upstream = torch.randn_like(q)
+    ours = attend(q, k, v, documents=documents, window=window)
+    assert (type(ours.grad_fn).__name__ == "TiledAttentionBackward") == (packed or window is not None)
+    theirs = reference(q, k, v, documents, window)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    for mine, other in zip(
+        torch.autograd.grad(ours, (q, k, v), upstream),
+        torch.autograd.grad(theirs, (q, k, v), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-4)
+
+
 def test_tiles_cover_the_visible_pairs_and_little_else() -> None:
     T, window = 4096, 100
     sight = Sight(0, window)
@@ -52,6 +73,17 @@ def test_tiles_cover_the_visible_pairs_and_little_else() -> None:
     distance = torch.arange(T)[:, None] - torch.arange(T)
     assert covered[(distance >= 0) & (distance < window)].all()
     assert covered.float().mean() < 0.06
+
+
+def test_tiles_of_other_documents_are_skipped() -> None:
+    T = 4096
+    ids = torch.arange(T)[None] // 512
+    tiles = list(Sight(0, documents=(ids, ids)).tiles(T, T, torch.device("cpu")))
+    assert len(tiles) <= 0.4 * len(list(Sight(0).tiles(T, T, torch.device("cpu"))))
+    covered = torch.zeros(T, T, dtype=torch.bool)
+    for tile in tiles:
+        covered[tile] = True
+    assert covered[(ids[0][:, None] == ids[0]) & (torch.arange(T)[:, None] >= torch.arange(T))].all()
 
 
 @pytest.mark.parametrize(

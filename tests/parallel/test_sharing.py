@@ -37,12 +37,15 @@ def test_large_matrices_are_given_out_first() -> None:
     assert {owners[tensor, 0] for tensor in (0, 1, 3)} == {1 - owners[2, 0]}
 
 
-def test_copies_share_the_work_and_take_parts_from_their_own_copy() -> None:
-    boxes = [[rows(8, rank % 2, 2)] * 4 for rank in range(4)]  # two copies of two shards
-    sharing = plan([(1, 8, 8)] * 4, boxes)
-    assert sorted(sharing.owners.values()) == [0, 1, 2, 3]
-    assert all(move.source // 2 == move.target // 2 for move in sharing.gather)
-    assert len(sharing.scatter) == 16
+@pytest.mark.parametrize("shards", [2, 3])
+def test_copies_share_the_work_and_take_parts_from_their_own_copy(shards: int) -> None:
+    ranks = 2 * shards
+    boxes = [[rows(6, rank % shards, shards)] * ranks for rank in range(ranks)]
+    sharing = plan([(1, 6, 8)] * ranks, boxes)
+    assert sorted(sharing.owners.values()) == list(range(ranks))
+    assert all(move.source // shards == move.target // shards for move in sharing.gather)
+    assert len(sharing.gather) == ranks * shards
+    assert len(sharing.scatter) == ranks * ranks
 
 
 def test_whole_experts_stay_where_they_are() -> None:

@@ -61,13 +61,13 @@ def together(tensors: list[Tensor], documents: Tensor | None, window: int | None
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), upstream)]
 
 
-def differences(kind: Kind, dtype: torch.dtype) -> dict[str, float]:
+def differences(kind: Kind, dtype: torch.dtype, lengths: list[int]) -> dict[str, float]:
     """The largest relative difference of output and gradients, case by case."""
     found = {}
     with join(timeout_s=60):
         for heads, (H, K) in HEADS.items():
             for mask, (packed, window) in MASKS.items():
-                for length in LENGTHS:
+                for length in lengths:
                     tensors, documents = inputs(H, K, length, dtype)
                     ids = documents if packed else None
                     exact = together([x.float() for x in tensors], ids, window)
@@ -82,14 +82,14 @@ def differences(kind: Kind, dtype: torch.dtype) -> dict[str, float]:
 @pytest.mark.parametrize("kind", ["ulysses", "ring"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_same_as_on_whole_sequences(kind: Kind, ranks: int, run_ranks: Any) -> None:
-    for found in run_ranks(ranks, differences, kind, torch.float32):
+    for found in run_ranks(ranks, differences, kind, torch.float32, LENGTHS):
         assert len(found) == len(HEADS) * len(MASKS) * len(LENGTHS)
         assert {case: error for case, error in found.items() if not error <= 1e-5} == {}
 
 
 @pytest.mark.parametrize("kind", ["ulysses", "ring"])
 def test_bf16_is_within_rounding(kind: Kind, run_ranks: Any) -> None:
-    found = run_ranks(4, differences, kind, torch.bfloat16)[0]
+    found = run_ranks(2, differences, kind, torch.bfloat16, [64])[0]
     assert {case: error for case, error in found.items() if not error <= 1e-2} == {}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,30 +44,43 @@ class Sight:
         return "triangle" if self.offset == 0 and queries == keys else "other"
 
     def tiles(self, queries: int, keys: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-        """Rectangles of query rows and key columns that hold every visible pair."""
+        """Rectangles of query rows and key columns that hold every visible pair; of packed texts, few others."""
         # Scores of one tile and head: 0.5 MiB in fp32 stay in a core's cache; a GPU needs larger products.
         rows, columns = (128, 1024) if device.type == "cpu" else (512, 2048)
         for start in range(0, queries, rows):
             stop = min(start + rows, queries)
             seen = self._keys(start, stop, keys)
             for first in range(seen.start, seen.stop, columns):
-                yield slice(start, stop), slice(first, min(first + columns, seen.stop))
+                tile = slice(start, stop), slice(first, min(first + columns, seen.stop))
+                if self._documents_meet(*tile):
+                    yield tile
 
     def hide_(self, scores: Tensor, rows: slice, columns: slice) -> None:
         """Set the hidden scores of a tile (B, H, rows, columns) to -inf."""
-        nearest = self.offset + rows.start - (columns.stop - 1)
-        farthest = self.offset + rows.stop - 1 - columns.start
-        if nearest < 0 or (self.window is not None and farthest >= self.window):
-            row = torch.arange(rows.start, rows.stop, device=scores.device)[:, None] + self.offset
-            distance = row - torch.arange(columns.start, columns.stop, device=scores.device)
-            hidden = distance < 0
-            if self.window is not None:
-                hidden |= distance >= self.window
-            scores.masked_fill_(hidden, -math.inf)
+        here, hidden = self.offset + rows.start, -math.inf
+        height = rows.stop - rows.start
+        # Only the columns where a border runs are touched: later keys first, then those before the window.
+        if (start := max(here + 1, columns.start)) < columns.stop:
+            later = scores[..., start - columns.start :]
+            later.masked_fill_(_ones(height, columns.stop - start, scores).triu_(here + 1 - start), hidden)
+        # As far back as the last query's position, a window would hide nothing.
+        window = here + height if self.window is None else self.window
+        if (stop := min(here + height - window, columns.stop)) > columns.start:
+            gone = scores[..., : stop - columns.start]
+            below = here - window - columns.start
+            gone.masked_fill_(_ones(height, stop - columns.start, scores).tril_(below), hidden)
         if self.documents is not None:
             queries, keys = self.documents
             other = queries[:, rows, None] != keys[:, None, columns]  # (B, rows, columns)
-            scores.masked_fill_(other[:, None], -math.inf)
+            scores.masked_fill_(other[:, None], hidden)
+
+    def _documents_meet(self, rows: slice, columns: slice) -> bool:
+        """False if no query of the tile can be of a document that a key is of, going by the ranges of ids."""
+        if self.documents is None:
+            return True
+        queries, keys = self.documents[0][:, rows], self.documents[1][:, columns]
+        apart = (queries.amin(1) > keys.amax(1)) | (queries.amax(1) < keys.amin(1))  # (B,)
+        return not bool(apart.all())
 
     def _keys(self, start: int, stop: int, keys: int) -> range:
         """The keys that any of the queries start..stop-1 may see."""
@@ -155,6 +168,33 @@ def grad_part_(
         grad_q[:, :, rows].add_(torch.bmm(grad_s, keys).view(B, H, -1, D), alpha=scale)
         grad_k[:, :, columns].add_(torch.bmm(grad_s.transpose(1, 2), block).view(B, K, -1, D), alpha=scale)
         grad_v[:, :, columns].add_(torch.bmm(p.transpose(1, 2), grad_out).view(B, K, -1, D))
+
+
+class TiledAttention(torch.autograd.Function):
+    """`muster.model.attend.attend` in tiles: memory grows with T, and packed documents cost only their own work."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int | None
+    ) -> Tensor:
+        running = Running(q)
+        sight = Sight(0, window, None if documents is None else (documents, documents))
+        attend_part_(running, slice(0, q.shape[2]), q, k, v, sight)
+        out = running.out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, running.lse)
+        ctx.sight = sight
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
+        grad_part_((grad_q, grad_k, grad_v), Outcome(out, lse, grads[0]), q, k, v, ctx.sight)
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+
+
+def _ones(rows: int, columns: int, like: Tensor) -> Tensor:
+    return torch.ones(rows, columns, dtype=torch.bool, device=like.device)
 
 
 def _stacked(x: Tensor, k: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ copies that FSDP2 gathers are bf16 under `precision: bf16`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,7 +31,7 @@ from muster.parallel.reduction import InPlaceReduction
 
 
 def shard(model: Transformer, mesh: Mesh, compute: torch.dtype) -> None:
-    """Apply FSDP2 to each block and then to the rest of the model (embedding, last norm and head together)."""
+    """Apply FSDP2 to each unit of a model, in place."""
     layout = mesh.layout
     # Gradients are summed over ranks and microbatches in fp32; where there is nothing to sum, that would only copy.
     alone = layout.averaged == layout.accumulate == 1
@@ -38,22 +40,32 @@ def shard(model: Transformer, mesh: Mesh, compute: torch.dtype) -> None:
         reduce_dtype=None if alone else torch.float32,
         cast_forward_inputs=False,
     )
-    homes = offload.policy(layout.offload)
-
-    def unit(module: nn.Module, data: DeviceMesh, *, deep: bool) -> None:
-        fully_shard(module, mesh=data, reshard_after_forward=deep, mp_policy=policy, offload_policy=homes)
+    for unit, data in _units(model, mesh):
+        # The last unit is gathered as long as any of it is in use: the embedding at one end, the head at the other.
+        reshard = layout.zero == 3 and unit is not model
+        fully_shard(
+            unit,
+            mesh=data,
+            reshard_after_forward=reshard,
+            mp_policy=policy,
+            offload_policy=offload.policy(layout.offload),
+        )
         if data["shard"].size() == 1:
-            assert isinstance(module, FSDPModule)
-            # Its base class is private to torch, which asks for no more than its two methods.
-            module.set_custom_reduce_scatter(InPlaceReduction())  # type: ignore[arg-type]
+            assert isinstance(unit, FSDPModule)
+            # Its base class is private to torch, which asks for no more than these two methods.
+            unit.set_custom_reduce_scatter(InPlaceReduction())  # type: ignore[arg-type]
 
-    deep = layout.zero == 3
+
+def _units(model: Transformer, mesh: Mesh) -> Iterator[tuple[nn.Module, DeviceMesh]]:
+    """What is gathered and reduced at once, and over which ranks: each block, and the rest of the model together.
+
+    Experts that are divided are a unit of their own: each expert rank has other ones, so fewer ranks share them.
+    """
     for block in model.blocks:
-        if layout.expert > 1 and isinstance(block.mlp, MoE):
-            # Each expert rank has other experts, so fewer ranks share them.
-            unit(block.mlp.experts, mesh.expert_data(), deep=deep)
-        unit(block, mesh.dense_data(), deep=deep)
-    unit(model, mesh.dense_data(), deep=False)
+        if mesh.layout.expert > 1 and isinstance(block.mlp, MoE):
+            yield block.mlp.experts, mesh.expert_data()
+        yield block, mesh.dense_data()
+    yield model, mesh.dense_data()
 
 
 def begin_microbatch(model: nn.Module, layout: Layout, *, is_last: bool) -> None:

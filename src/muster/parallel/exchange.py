@@ -8,9 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renamed them; 2.11 has the old names only.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+from muster.parallel.collectives import all_gather, reduce_scatter
 
 
 class Exchange:
@@ -89,7 +87,7 @@ def _gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(B, T / ranks, E) of every rank -> (B, T, E)."""
     B, t, E = x.shape
     parts = x.new_empty(group.size() * B, t, E)
-    _all_gather(parts, x.contiguous(), group=group)
+    all_gather(parts, x.contiguous(), group=group)
     return parts.view(-1, B, t, E).transpose(0, 1).reshape(B, -1, E)
 
 
@@ -99,5 +97,5 @@ def _scatter_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     t = T // group.size()
     parts = x.reshape(B, -1, t, E).transpose(0, 1).reshape(-1, t, E)
     own = x.new_empty(B, t, E)
-    _reduce_scatter(own, parts, group=group)
+    reduce_scatter(own, parts, group=group)
     return own

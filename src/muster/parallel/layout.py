@@ -45,6 +45,7 @@ class Layout:
     accumulate: int
     """Forward passes of one rank in one step."""
     offload: Literal["none", "cpu", "disk"] = "none"
+    """Where parameters, gradients and optimizer state live between uses; disk is for the moments alone."""
     reason: str
     """Why these values, in a few words, for the run's log."""
 

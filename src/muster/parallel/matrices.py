@@ -104,11 +104,8 @@ class _Leg:
         self._sent = sorted((m for m in across if m.source == rank), key=lambda move: move.target)
         self._received = sorted((m for m in across if m.target == rank), key=lambda move: move.source)
         ranks = range(1 if group is None else dist.get_world_size(group))
-        ranks = range(1 if group is None else dist.get_world_size(group))
-        self._sent_to = [sum(m.box.elements for m in self._sent if m.target == rank) for rank in ranks]
-        self._received_from = [
-            sum(m.box.elements for m in self._received if m.source == rank) for rank in ranks
-        ]
+        self._sent_to = [sum(m.box.elements for m in self._sent if m.target == to) for to in ranks]
+        self._received_from = [sum(m.box.elements for m in self._received if m.source == of) for of in ranks]
 
     def follow(self, read: Callable[[Move], Tensor], write: Callable[[Move], Tensor], like: Tensor) -> None:
         """Move what `read` gives to where `write` says, through buffers of the kind of `like`."""

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from muster.parallel.collectives import all_gather
 from muster.parallel.context import Kind, chunk_count, chunks
 
 
@@ -32,7 +33,7 @@ def positions(length: int, *, rank: int, ranks: int, kind: Kind, device: torch.d
 
 def gather(part: Tensor, group: dist.ProcessGroup, *, kind: Kind) -> Tensor:
     """The whole (B, T) of which every rank of the group holds a part (B, T / ranks). For small things: no gradient."""
-    ranks = dist.get_world_size(group)
-    parts = part.new_empty(ranks * part.shape[0], part.shape[1])  # (C*B, T/C)
-    dist.all_gather_into_tensor(parts, part.contiguous(), group=group)
-    return unsplit(list(parts.chunk(ranks)), 1, kind=kind)
+    part = part.contiguous()
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, part, group=group)
+    return unsplit(parts, 1, kind=kind)

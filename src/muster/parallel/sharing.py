@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -42,7 +43,7 @@ class Sharing:
     owners: dict[tuple[int, int], int] = field(default_factory=dict)
     """The rank that works on a matrix, by stack and index in it."""
     gather: list[Move] = field(default_factory=list)
-    """Each part of each matrix to the owner, from the holder nearest to it."""
+    """Each part of each matrix to the owner, from the holder in the owner's own copy of the matrix."""
     scatter: list[Move] = field(default_factory=list)
     """From the owner to every holder of a part."""
 
@@ -56,6 +57,7 @@ def plan(shapes: Sequence[Shape], boxes: Sequence[Sequence[Box]]) -> Sharing:
     sharing = Sharing()
     load = [0] * len(boxes)
     cost = [rows * columns * min(rows, columns) for _, rows, columns in shapes]
+    copies = [_copies([of[tensor] for of in boxes]) for tensor in range(len(shapes))]
     matrices = [(tensor, index) for tensor, shape in enumerate(shapes) for index in range(shape[0])]
     for tensor, index in sorted(matrices, key=lambda matrix: -cost[matrix[0]]):
         holders = {
@@ -68,9 +70,20 @@ def plan(shapes: Sequence[Shape], boxes: Sequence[Sequence[Box]]) -> Sharing:
         owner = min(whole or range(len(boxes)), key=load.__getitem__)
         load[owner] += cost[tensor]
         sharing.owners[tensor, index] = owner
+        copy = copies[tensor]
         nearest: dict[tuple[range, range], int] = {}
-        for rank in sorted(holders, key=lambda rank: abs(rank - owner)):
+        for rank in sorted(holders, key=lambda rank: (copy[rank] != copy[owner], abs(rank - owner))):
             nearest.setdefault((holders[rank].rows, holders[rank].columns), rank)
         sharing.gather.extend(Move(rank, owner, tensor, index, holders[rank]) for rank in nearest.values())
         sharing.scatter.extend(Move(owner, rank, tensor, index, box) for rank, box in holders.items())
     return sharing
+
+
+def _copies(boxes: Sequence[Box]) -> list[int]:
+    """Which copy of a tensor each rank's box belongs to: the n-th rank with the same box has a part of the n-th."""
+    seen: Counter[Box] = Counter()
+    found = []
+    for box in boxes:
+        found.append(seen[box])
+        seen[box] += 1
+    return found

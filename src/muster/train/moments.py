@@ -89,10 +89,8 @@ class Mapped:
         if not hasattr(os, "posix_fallocate"):
             raise UsageError("layout.offload: disk needs Linux to reserve its file: write offload: cpu")
         size = max(size, mmap.PAGESIZE)
-        disk = os.statvfs(self._folder)
-        free = disk.f_bavail * disk.f_frsize
         try:
-            if size > free:  # asked first, as the attempt would fill the disk for everybody else
+            if size > _free_bytes(self._folder):  # trying would fill the disk for everybody else
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with tempfile.TemporaryFile(dir=self._folder) as file:
                 os.posix_fallocate(file.fileno(), 0, size)
@@ -100,17 +98,15 @@ class Mapped:
         except OSError as error:
             raise DoesNotFit(
                 f"cannot reserve {size / 1e9:.3g} GB for this rank's moments in {self._folder}, which has "
-                f"{free / 1e9:.3g} GB free ({error.strerror}): free some space, take more ranks on layout.shard, "
-                f"or write layout.offload: cpu"
+                f"{_free_bytes(self._folder) / 1e9:.3g} GB free ({error.strerror}): free some space, take "
+                f"more ranks on layout.shard, or write layout.offload: cpu"
             ) from error
 
     @torch.no_grad()
     def _view(self, place: int, parameter: nn.Parameter) -> Tensor:
         moment = torch.empty_like(parameter)
         local = _local(moment)
-        if (
-            local.numel()
-        ):  # on a mesh of GPUs DTensor.from_local would move this tensor there, so it is set in place
+        if local.numel():  # set in place, because DTensor.from_local would move it to the mesh's GPU
             mapped = torch.frombuffer(self._map, dtype=local.dtype, count=local.numel(), offset=place)
             local.set_(mapped.view(local.shape))  # type: ignore[call-overload]
         return moment
@@ -121,14 +117,18 @@ class Mapped:
             self._map.madvise(mmap.MADV_WILLNEED, start, min(_READ_AHEAD_BYTES, span.stop - start))
 
     def _release(self, unit: str) -> None:
-        if span := self._spans[
-            unit
-        ]:  # of a shared file this drops the process's hold, and never what was written
+        # Of a shared file this ends the process's hold on pages, and never what was written to them.
+        if span := self._spans[unit]:
             self._map.madvise(mmap.MADV_DONTNEED, span.start, len(span))
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _free_bytes(folder: Path) -> int:
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
 
 
 def _up(value: int, multiple: int) -> int:

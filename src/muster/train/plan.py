@@ -21,16 +21,14 @@ from muster.parallel.world import usable_cores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Training:
+    """What is trained, on which layout: all that a step needs to know besides its batch."""
+
     run: schema.Run
-    base: Path
-    """Folder of the run file, which relative paths start from."""
     folder: Path
-    corpus: Corpus
+    """The run's own folder."""
     spec: TransformerSpec
     layout: Layout
-    attention: str
-    """What runs attention in training, and why."""
     model_folder: Path | None
     """The folder that `model.from` names."""
     sequence: int
@@ -41,6 +39,17 @@ class Plan:
     @property
     def sequences_per_batch(self) -> int:
         return self.run.train.batch_tokens // self.sequence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan(Training):
+    """The whole run: its training and its data."""
+
+    base: Path
+    """Folder of the run file, which relative paths start from."""
+    corpus: Corpus
+    attention: str
+    """What runs attention in training, and why."""
 
 
 def make(

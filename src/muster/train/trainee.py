@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from muster.checkpoint.state import WEIGHTS, read_shards
+from muster.data.dataset import Corpus
 from muster.data.evaluation import EvaluationBatches
 from muster.data.packing import Batch
 from muster.errors import TrainingError
@@ -26,7 +27,7 @@ from muster.train import gradients
 from muster.train.evaluate import Evaluation, evaluate
 from muster.train.forward import to_inputs
 from muster.train.optimizer import make_optimizer
-from muster.train.plan import Plan
+from muster.train.plan import Training
 from muster.train.schedule import learning_rate
 
 _COPY = "copy of "
@@ -57,7 +58,7 @@ class Update:
 
 
 class Trainee:
-    def __init__(self, plan: Plan, world: World) -> None:
+    def __init__(self, plan: Training, world: World) -> None:
         self.plan, self.world = plan, world
         self.mesh = Mesh(plan.layout, world.device)
         self.balance = balance_from_config(plan.run.train.balance, plan.spec)
@@ -106,9 +107,9 @@ class Trainee:
             loss=total / tokens, gradient_norm=norm, learning_rate=lr, tokens=tokens, expert_load=load
         )
 
-    def evaluate(self, limit_tokens: int | None = None) -> Evaluation:
-        """Score the held-out documents, or their first `limit_tokens`."""
-        corpus, layout = self.plan.corpus, self.plan.layout
+    def evaluate(self, corpus: Corpus, limit_tokens: int | None = None) -> Evaluation:
+        """Score the held-out documents of a corpus, or their first `limit_tokens`."""
+        layout = self.plan.layout
         batches = EvaluationBatches(
             corpus.held_out, corpus.tokenizer, self.plan.sequence, layout.microbatch, limit_tokens
         )
@@ -151,7 +152,7 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed((seed << 32) + step)
 
 
-def _first_values(plan: Plan) -> Value:
+def _first_values(plan: Training) -> Value:
     if plan.model_folder is not None:
         return open_weights(plan.model_folder)
     seed, spec = plan.run.train.seed, plan.spec

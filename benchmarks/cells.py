@@ -51,6 +51,7 @@ class Cell:
         return self.parts * self.microbatches * self.rows * SEQUENCE
 
 
+Stamp = tuple[float, float]
 Side = Callable[[Cell, int, Path], None]
 """Trains a cell for a number of timed steps and leaves each rank's figures in a folder (`write`)."""
 
@@ -109,16 +110,25 @@ def compare(starts: dict[str, Callable[[], dict[str, float]]], rounds: int) -> d
     }
 
 
-def write(out: Path, cell: Cell, ends: list[float], **extra: float) -> None:
+def now() -> Stamp:
+    """Wall time, and this process's processor time, in seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+def write(out: Path, cell: Cell, ends: list[Stamp], **extra: float) -> None:
     """A rank's figures, from the times at which its steps ended."""
     import resource
 
-    timed = [
-        after - before for before, after in zip(ends[WARM_UP_STEPS - 1 :], ends[WARM_UP_STEPS:], strict=False)
-    ]
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    figures = {"tokens_per_s": cell.tokens / statistics.median(timed), "rss_bytes": rss} | extra
-    (out / f"{int(os.environ['RANK']):05}.json").write_text(json.dumps(figures))
+    timed = list(zip(ends[WARM_UP_STEPS - 1 :], ends[WARM_UP_STEPS:], strict=False))
+    wall_s, cpu_s = (
+        statistics.median(after[clock] - before[clock] for before, after in timed) for clock in (0, 1)
+    )
+    figures = {
+        "tokens_per_s": cell.tokens / wall_s,
+        "tokens_per_cpu_s": cell.tokens / (cpu_s * cell.processes),
+        "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    (out / f"{int(os.environ['RANK']):05}.json").write_text(json.dumps(figures | extra))
 
 
 def rows(cell: Cell, part: int, step: int) -> Any:
@@ -156,7 +166,7 @@ def run_muster(cell: Cell, steps: int, out: Path) -> None:
         ends = []
         for step in range(WARM_UP_STEPS + steps):
             trainee.update(step, _batches(cell, trainee.mesh.data_index, step), cell.tokens)
-            ends.append(time.perf_counter())
+            ends.append(now())
         torch.set_num_threads(1)
         peak = gemm_peak_flops(COMPUTE_DTYPE[cell.precision], world.device)
         flops = training.spec.flops_per_token(SEQUENCE)

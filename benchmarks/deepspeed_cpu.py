@@ -17,7 +17,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
@@ -99,7 +98,8 @@ def compare(contest: Contest, rounds: int, steps: int) -> dict[str, Any]:
         bin_folder = ENVIRONMENT / "bin"
         # On the path as well: DeepSpeed looks for ninja there, which builds its shared-memory reduction.
         path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
-        python, more = bin_folder / "python", {"DS_ACCELERATOR": "cpu", "PYTHONPATH": "", "PATH": path}
+        own = {"TORCH_EXTENSIONS_DIR": str(ENVIRONMENT / "extensions"), "PYTHONPATH": "", "PATH": path}
+        python, more = bin_folder / "python", {"DS_ACCELERATOR": "cpu"} | own
     starts = {
         "muster": functools.partial(start, "muster", python=Path(sys.executable), more={}),
         "peer": functools.partial(start, contest.peer, python=python, more=more),
@@ -142,6 +142,8 @@ def line(row: dict[str, Any]) -> str:
 
 def install() -> None:
     """DeepSpeed in an environment of its own, where that is not done yet."""
+    for lock in ENVIRONMENT.glob("extensions/**/lock"):
+        lock.unlink()  # of a build that was killed: torch would wait for it without end
     done = ENVIRONMENT / "installed"
     if done.exists() and done.read_text() == "\n".join(PACKAGES):
         return
@@ -174,7 +176,7 @@ def run_deepspeed(cell: Cell, steps: int, out: Path) -> None:
         loss = engine(input_ids=tokens, labels=tokens).loss
         engine.backward(loss)
         engine.step()
-        ends.append(time.perf_counter())
+        ends.append(cells.now())
     cells.write(out, cell, ends)
 
 

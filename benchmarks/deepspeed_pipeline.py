@@ -5,7 +5,6 @@ Runs in DeepSpeed's environment only: everything but the shared cells is importe
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def run(cell: Cell, steps: int, out: Path) -> None:
     ends = []
     for step in range(cells.WARM_UP_STEPS + steps):
         engine.train_batch(data_iter=_microbatches(cell, step))
-        ends.append(time.perf_counter())
+        ends.append(cells.now())
     cells.write(out, cell, ends)
 
 

@@ -17,7 +17,6 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -115,11 +114,11 @@ def run_transformers(cell: Cell, steps: int, out: Path) -> None:
     torch.set_num_threads(cell.threads)
     transformers.utils.logging.set_verbosity_error()
     model = transformers.LlamaForCausalLM(cells.llama_config(cell))
-    ends: list[float] = []
+    ends: list[cells.Stamp] = []
 
     class Clock(transformers.TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
+            ends.append(cells.now())
 
     world, total = int(os.environ["WORLD_SIZE"]), cells.WARM_UP_STEPS + steps
     samples = [

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from muster.model import moe as moe_module
 from muster.model.balance import sequence_balance_loss, update_bias
 from muster.model.folder import load_folder, save_folder
 from muster.model.generate import generate
@@ -72,6 +73,25 @@ def test_output_and_gradients_equal_a_loop_over_tokens(
         torch.autograd.grad(ours, sources, seed), torch.autograd.grad(reference, sources, seed), strict=True
     ):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_groups_of_rounded_sizes_change_nothing(
+    spec: TransformerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe = layer(sparse(spec, **SOFTMAX)).bfloat16()
+    rows = torch.randn(400, spec.width, dtype=torch.bfloat16, requires_grad=True)
+    counts = torch.tensor([1, 0, 33, 64, 300, 2])
+    seed = torch.randn_like(rows)
+    assert moe_module._few_sizes_pay(rows, counts)
+    assert not moe_module._few_sizes_pay(rows.float(), counts)
+    sources = [rows, *moe.experts.parameters()]
+    rounded = moe.experts(rows, counts)
+    gradients = torch.autograd.grad(rounded, sources, seed)
+    monkeypatch.setattr(moe_module, "_few_sizes_pay", lambda *_: False)
+    exact = moe.experts(rows, counts)
+    torch.testing.assert_close(rounded, exact)
+    for mine, theirs in zip(gradients, torch.autograd.grad(exact, sources, seed), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

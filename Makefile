@@ -24,6 +24,7 @@ types: setup
 
 bench: setup
 	$(BIN)/python benchmarks/train_cpu.py --json benchmarks/results/train_cpu.json
+	$(BIN)/python benchmarks/attention_cpu.py --json benchmarks/results/attention_cpu.json
 	$(BIN)/python benchmarks/tokenizing.py --json benchmarks/results/tokenizing.json
 	$(BIN)/python benchmarks/muon.py --json benchmarks/results/muon.json
 

@@ -4,7 +4,8 @@
 
 `muster.model.attend` chooses between the two by sequence length from these figures. The sides take turns in
 one process that keeps freed memory, as a training rank does; processor time is compared, which a neighbour
-on the machine disturbs little. A row has 8 query and 4 key/value heads of 64, causal, as many sequences as fill 4,096 tokens.
+on the machine disturbs little. 8 query and 4 key/value heads of 64, causal, as many sequences as fill
+4,096 tokens.
 """
 
 from __future__ import annotations

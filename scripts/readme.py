@@ -3,8 +3,8 @@
 A block is a shell session: a line that starts with `$ ` is run, the lines below it are its output. The blocks
 run in order in one scratch folder; a command that ends with ` &` stays up until the end. The test suite runs
 the same sessions and checks that every command still succeeds and prints lines of the same kind.
-Between the markers for demo and bench it pastes the last `make demo | tee build/demo.log`
-and the last benchmark (benchmarks/results/train_cpu.json).
+Between the markers for demo, bench and attention it pastes the last `make demo | tee build/demo.log`
+and the last benchmarks (benchmarks/results/train_cpu.json, attention_cpu.json).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BENCH = ROOT / "benchmarks" / "results" / "train_cpu.json"
+ATTENTION = ROOT / "benchmarks" / "results" / "attention_cpu.json"
 _BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 _READY_S = 60.0
 
@@ -105,6 +106,7 @@ def main() -> None:
     markdown = _BLOCK.sub(lambda _: f"```console\n{next(replacements)}```", markdown)
     markdown = paste(markdown, "demo", demo_excerpt((ROOT / "build" / "demo.log").read_text()))
     markdown = paste(markdown, "bench", bench_table(json.loads(BENCH.read_text())))
+    markdown = paste(markdown, "attention", attention_table(json.loads(ATTENTION.read_text())))
     README.write_text(markdown)
 
 
@@ -142,6 +144,20 @@ def bench_table(result: dict[str, Any]) -> str:
             f"| **{cell['ratio']:.2f}** | {cell['mfu']:.0%} |"
         )
     rows.append(f"\nGeometric mean {result['geometric_mean']:.2f}. {result['machine']}, {result['date']}.")
+    return "\n".join(rows) + "\n"
+
+
+def attention_table(result: dict[str, Any]) -> str:
+    """How many times as fast as torch's kernel the blocked attention is, by sequence length."""
+    lengths = sorted({row["length_tokens"] for row in result["rows"]})
+    ratios = {(row["precision"], row["length_tokens"]): row["ratio"] for row in result["rows"]}
+    rows = [
+        "| tokens | " + " | ".join(f"{length}" for length in lengths) + " |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
+    for precision in ("bf16", "fp32"):
+        cells = " | ".join(f"{ratios[precision, length]:.1f}x" for length in lengths)
+        rows.append(f"| {precision} | {cells} |")
     return "\n".join(rows) + "\n"
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from muster.model.attend import attend, visible
-from muster.model.blocked import BLOCK_ROWS
+from muster.model.attend import attend, training_kernel, visible
+from muster.model.blocked import BLOCK_ROWS, SHORT_BLOCK_ROWS
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int | None) -> Tensor:
@@ -19,7 +19,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
 
 
-@pytest.mark.parametrize("length", [1, 40, BLOCK_ROWS, 2 * BLOCK_ROWS + 44])
+@pytest.mark.parametrize("length", [1, 40, SHORT_BLOCK_ROWS, SHORT_BLOCK_ROWS + 10, 2 * BLOCK_ROWS + 44])
 @pytest.mark.parametrize("window", [None, 1, 17, 200])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
@@ -57,3 +57,13 @@ def test_bf16_is_within_rounding() -> None:
     q, k, v = (torch.randn(2, 4, 300, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     exact = reference(q.float(), k.float(), v.float(), None, None)
     torch.testing.assert_close(attend(q, k, v).float(), exact, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("length", [512, 2049])
+def test_the_printed_choice_is_the_kernel_that_runs(length: int) -> None:
+    q, k, v = (torch.randn(1, 1, length, 4, requires_grad=True) for _ in range(3))
+    kernel, reason = training_kernel(length, "cpu")
+    blocked = type(attend(q, k, v).grad_fn).__name__ == "BlockedAttentionBackward"
+    assert kernel == ("blocks of matrix products" if blocked else "scaled_dot_product_attention")
+    assert reason
+    assert training_kernel(length, "cuda")[0] == "scaled_dot_product_attention"

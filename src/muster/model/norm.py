@@ -27,8 +27,8 @@ class _RMSNorm(torch.autograd.Function):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (..., 1)
         inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        out: Tensor = (x * inverse).mul_(weight).to(x.dtype)  # in fp32 up to here
-        return out
+        exact: Tensor = (x * inverse).mul_(weight)  # fp32
+        return exact.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -69,6 +69,7 @@ def describe(plan: Plan) -> list[str]:
         f"data    {tokens}; {corpus.report}",
         f"train   {plan.steps} steps of {plan.run.train.batch_tokens} tokens, {plan.run.train.precision}",
         f"layout  {layout} ({layout.reason})",
+        f"attend  {plan.attention}",
     ]
 
 

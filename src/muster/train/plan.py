@@ -13,6 +13,7 @@ from muster.config import schema
 from muster.data.dataset import Corpus, prepare
 from muster.data.progress import Progress
 from muster.data.sampler import Sampler
+from muster.model.attend import training_kernel
 from muster.model.build import balance_from_config, spec_from_config
 from muster.model.spec import TransformerSpec
 from muster.parallel.layout import Layout, resolve
@@ -28,6 +29,8 @@ class Training:
     """The run's own folder."""
     spec: TransformerSpec
     layout: Layout
+    attention: str
+    """What runs attention in training, and why."""
     model_folder: Path | None
     """The folder that `model.from` names."""
     sequence: int
@@ -82,7 +85,15 @@ def make(
         corpus=corpus,
         spec=spec,
         layout=layout,
+        attention=_attention(layout, sequence, "cuda" if gpus else "cpu"),
         model_folder=model_folder,
         sequence=sequence,
         steps=run.train.tokens // run.train.batch_tokens,
     )
+
+
+def _attention(layout: Layout, sequence: int, device: str) -> str:
+    if layout.context > 1 and layout.context_kind == "ring":
+        return f"ring over {layout.context} ranks (layout: context)"
+    kernel, reason = training_kernel(sequence, device)
+    return f"{kernel} ({reason})"

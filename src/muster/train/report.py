@@ -41,7 +41,13 @@ class Report:
             )
 
     def begin(self, step: int) -> None:
-        self.event("started", step=step, steps=self._plan.steps, layout=str(self._plan.layout))
+        plan = self._plan
+        choices = {
+            "layout": str(plan.layout),
+            "layout_reason": plan.layout.reason,
+            "attention": plan.attention,
+        }
+        self.event("started", step=step, steps=plan.steps, **choices)
         self._window = _Window()
 
     def step(self, step: int, update: Update) -> None:

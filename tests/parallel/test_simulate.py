@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from muster.parallel.orders import orders
 from muster.parallel.schedules import SCHEDULES
-from muster.parallel.simulate import Action, Kind, Operation, bubble_fraction, mean_durations_s, simulate
+from muster.parallel.simulate import Action, Operation, bubble_fraction, mean_duration_s, simulate
 
 
-def durations(stages: int, **seconds: float) -> dict[tuple[int, Kind], float]:
-    return {(stage, kind): s for stage in range(stages) for kind, s in seconds.items()}  # type: ignore[misc]
+def durations(**seconds: float) -> Callable[[Action], float]:
+    return lambda action: seconds[action.kind]
 
 
 def bubble(schedule: str, ranks: int, microbatches: int, stages_per_rank: int = 1, **seconds: float) -> float:
     plan = orders(schedule, ranks=ranks, stages_per_rank=stages_per_rank, microbatches=microbatches)
-    return bubble_fraction(simulate(plan, durations(ranks * stages_per_rank, **seconds)))
+    return bubble_fraction(simulate(plan, durations(**seconds)))
 
 
 @pytest.mark.parametrize(("ranks", "microbatches"), [(2, 2), (2, 8), (4, 4), (4, 12), (8, 16)])
@@ -39,10 +41,11 @@ def test_zbv_has_almost_no_bubble_when_its_three_parts_take_equally_long() -> No
 
 def test_by_hand() -> None:
     """Two ranks, two microbatches, a slow second stage, and half a second between ranks."""
-    seconds: dict[tuple[int, Kind], float] = {(0, "F"): 1, (0, "B"): 2, (1, "F"): 3, (1, "B"): 4}
+    seconds: dict[tuple[int, str], float] = {(0, "F"): 1, (0, "B"): 2, (1, "F"): 3, (1, "B"): 4}
     plan = orders("1f1b", ranks=2, stages_per_rank=1, microbatches=2)
     done = {
-        (o.stage, o.kind, o.microbatch): (o.start_s, o.end_s) for o in simulate(plan, seconds, transfer_s=0.5)
+        (o.stage, o.kind, o.microbatch): (o.start_s, o.end_s)
+        for o in simulate(plan, lambda a: seconds[a.stage, a.kind], transfer_s=0.5)
     }
     assert done == {
         (0, "F", 0): (0, 1),
@@ -58,7 +61,7 @@ def test_by_hand() -> None:
 
 def test_weights_need_no_other_rank() -> None:
     plan = [[Action(0, "F", 0), Action(0, "I", 0), Action(0, "W", 0)], [Action(1, "F", 0), Action(1, "B", 0)]]
-    done = simulate(plan, durations(2, F=1.0, B=2.0, I=1.0, W=1.0))
+    done = simulate(plan, durations(F=1.0, B=2.0, I=1.0, W=1.0))
     assert max(o.end_s for o in done) == 6.0
     assert bubble_fraction(done) == pytest.approx(1 - 6 / 12)
 
@@ -67,15 +70,17 @@ def test_a_plan_that_cannot_go_on_is_refused() -> None:
     with pytest.raises(ValueError, match="waits for another"):
         simulate(
             [[Action(0, "F", 0), Action(0, "B", 0)], [Action(1, "B", 0), Action(1, "F", 0)]],
-            durations(2, F=1, B=1),
+            durations(F=1, B=1),
         )
 
 
-def test_mean_durations() -> None:
+def test_mean_duration() -> None:
     done = [
-        Operation(0, 0, "F", n, start, start + length) for n, start, length in ((0, 0.0, 1.0), (1, 5.0, 3.0))
+        Operation(0, 0, "F", 0, 0.0, 1.0),
+        Operation(0, 0, "F", 1, 5.0, 8.0),
+        Operation(0, 0, "B", 0, 0.0, 9.0),
     ]
-    assert mean_durations_s(done) == {(0, "F"): 2.0}
+    assert mean_duration_s(done)(Action(0, "F", 7)) == 2.0
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -7,7 +7,7 @@ operations other than a fixed transfer time, and ranks that slow each other down
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,13 +38,13 @@ class Operation:
 
 def simulate(
     actions: Sequence[Sequence[Action]],
-    durations_s: Mapping[tuple[int, Kind], float],
+    duration_s: Callable[[Action], float],
     *,
     transfer_s: float = 0.0,
 ) -> list[Operation]:
     """Every operation of one step with its start and end, in order of their ends on each rank.
 
-    `actions` holds a list for each rank; `durations_s` how long a stage takes for a kind of work; `transfer_s` how
+    `actions` holds a list for each rank; `duration_s` says how long an action takes; `transfer_s` is how
     long an activation or a gradient is on its way to another rank. Raises ValueError where an operation waits for
     one that never comes.
     """
@@ -62,7 +62,7 @@ def simulate(
                 if len(ready_s) < len(needs):
                     break
                 start_s = max([free_s[rank], *ready_s])
-                free_s[rank] = start_s + durations_s[action.stage, action.kind]
+                free_s[rank] = start_s + duration_s(action)
                 done[action] = Operation(
                     rank, action.stage, action.kind, action.microbatch, start_s, free_s[rank]
                 )
@@ -84,12 +84,13 @@ def bubble_fraction(operations: Sequence[Operation]) -> float:
     return 1.0 - busy_s / (ranks * span_s)
 
 
-def mean_durations_s(operations: Sequence[Operation]) -> dict[tuple[int, Kind], float]:
-    """The mean duration of each (stage, kind) that was recorded."""
+def mean_duration_s(operations: Sequence[Operation]) -> Callable[[Action], float]:
+    """How long an action takes: the mean of the recorded operations of its stage and kind."""
     found: dict[tuple[int, Kind], list[float]] = {}
     for operation in operations:
         found.setdefault((operation.stage, operation.kind), []).append(operation.end_s - operation.start_s)
-    return {key: sum(values) / len(values) for key, values in found.items()}
+    means_s = {key: sum(values) / len(values) for key, values in found.items()}
+    return lambda action: means_s[action.stage, action.kind]
 
 
 def _needs(action: Action, stages: int) -> list[tuple[Action, ...]]:

@@ -25,6 +25,7 @@ types: setup
 bench: setup
 	$(BIN)/python benchmarks/train_cpu.py --json benchmarks/results/train_cpu.json
 	$(BIN)/python benchmarks/tokenizing.py --json benchmarks/results/tokenizing.json
+	$(BIN)/python benchmarks/muon.py --json benchmarks/results/muon.json
 
 readme: setup
 	$(BIN)/python scripts/readme.py

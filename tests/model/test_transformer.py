@@ -24,7 +24,12 @@ OPTIONS: list[dict[str, Any]] = [
     {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
     {"qk_norm": True},
     {"window": 5},
-]
+    {"ffn": 0, "experts": 6, "experts_per_token": 2, "expert_ffn": 24, "router_renormalize": True},
+    {
+        "ffn": 0, "experts": 5, "experts_per_token": 3, "expert_ffn": 20, "shared_ffn": 20, "router": "sigmoid",
+        "router_bias": True,
+    },
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

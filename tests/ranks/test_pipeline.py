@@ -13,6 +13,7 @@ from muster.model.generate import generate
 from muster.model.spec import TransformerSpec
 from muster.model.transformer import Transformer
 from muster.parallel import world
+from muster.parallel.inputs import Inputs
 from muster.parallel.orders import orders
 from muster.parallel.pipeline import Activations, Pipeline
 from muster.parallel.schedules import SCHEDULES, stages_of_rank
@@ -92,8 +93,8 @@ def train(shape: TransformerSpec, schedule: str, microbatches: int, layers: list
         for step in range(2):
             tokens, targets, documents = batch(microbatches * ROWS, shape.vocab, seed=step)
             scale = 2.0 / int((targets != -100).sum())
-            (held,) = joined.sum(float(pipeline.evaluate(tokens, targets, documents=documents)))
-            (loss,) = joined.sum(float(pipeline.step(tokens, targets, documents=documents, loss_scale=scale)))
+            (held,) = joined.sum(float(pipeline.evaluate(Inputs(tokens, targets, documents))))
+            (loss,) = joined.sum(float(pipeline.step(Inputs(tokens, targets, documents), loss_scale=scale)))
             if shape.tied:
                 pipeline.sum_tied(tied_gradients(modules))
             reference = whole(tokens, targets, documents=documents)
@@ -175,10 +176,10 @@ def record(shape: TransformerSpec, schedule: str, layers: list[int]) -> list[Ope
     with world.join(60):
         _, pipeline = build(shape, schedule, 4, explicit(layers))
         tokens, targets, _ = batch(4 * ROWS, shape.vocab, seed=1)
-        pipeline.step(tokens, targets)
+        pipeline.step(Inputs(tokens, targets))
         with pipeline.recording() as operations:
-            pipeline.step(tokens, targets)
-        pipeline.step(tokens, targets)
+            pipeline.step(Inputs(tokens, targets))
+        pipeline.step(Inputs(tokens, targets))
         return operations
 
 
@@ -233,7 +234,7 @@ def halve() -> tuple[float, float]:
             group=dist.group.WORLD,
         )
         tokens, targets, _ = batch(2 * ROWS, shape.vocab, seed=1)
-        (loss,) = joined.sum(float(pipeline.step(tokens, targets)))
+        (loss,) = joined.sum(float(pipeline.step(Inputs(tokens, targets))))
         stages = stage_modules(shape, explicit([5, 4]), [0, 1])
         hidden = stages[0](tokens)[:, : TOKENS // 2]
         return loss, float(stages[1](torch.cat([hidden, hidden], dim=1), targets))

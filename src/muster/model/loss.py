@@ -65,9 +65,10 @@ def _loss_to_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
         piece, target = logits[start : start + step], targets[start : start + step, None]
         scored = target != IGNORED
         target = target.where(scored, 0)
-        logp = torch.log_softmax(piece, -1, dtype=torch.float32)
-        total -= (logp.gather(1, target) * scored).sum()
-        gradient = logp.exp_()
+        gradient = torch.softmax(piece, -1, dtype=torch.float32)
+        # log(sum(exp)) from the largest logit and its probability, without a second pass of exponentials.
+        logsumexp = piece.amax(-1, keepdim=True) - gradient.amax(-1, keepdim=True).log_()
+        total += ((logsumexp - piece.gather(1, target)) * scored).sum()
         gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
         piece.copy_(gradient.mul_(scored))
     return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +32,37 @@ def rotation_at(spec: TransformerSpec, positions: Tensor) -> tuple[Tensor, Tenso
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (..., T, D) by the angles of its positions; cos and sin (..., T, D), computed in fp32."""
+    if x.device.type == "cpu" and torch.is_grad_enabled():
+        out: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+        return out
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
     return (x * cos + turned * sin).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """The rotation in half the passes; its gradient is the rotation by the opposite angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, direction=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, sin, direction=-1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, direction: int) -> Tensor:
+    half = x.shape[-1] // 2
+    exact = x.float()
+    # In the order of its dims, so that attention need not copy what was a transposed view.
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    torch.mul(exact, cos, out=out)
+    out[..., :half].addcmul_(exact[..., half:], sin[..., :half], value=-direction)
+    out[..., half:].addcmul_(exact[..., :half], sin[..., half:], value=direction)
+    return out.to(x.dtype)
 
 
 def _frequencies(spec: TransformerSpec) -> Tensor:

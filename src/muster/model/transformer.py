@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from muster.model.attend import Attend, attend, attend_cached
 from muster.model.cache import CacheRows
 from muster.model.loss import CrossEntropy, linear_cross_entropy
+from muster.model.mlp import MLP
+from muster.model.moe import MoE
+from muster.model.norm import rms_norm
 from muster.model.rope import rotate, rotation, rotation_at
 from muster.model.spec import TransformerSpec
 
@@ -25,9 +28,11 @@ Rotation = tuple[Tensor, Tensor]
 Value = Callable[[str, torch.Size], Tensor]
 """A parameter's whole value, by its name and shape."""
 
+_TO_RESIDUAL = ("attention.o.weight", "mlp.down.weight", "mlp.shared.down.weight", "mlp.experts.down")
+
 
 class Norm(nn.Module):
-    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last dim."""
+    """RMSNorm or LayerNorm over the last dim."""
 
     def __init__(self, spec: TransformerSpec, size: int) -> None:
         super().__init__()
@@ -38,7 +43,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -83,22 +88,6 @@ class Attention(nn.Module):
         return x if rotation is None else rotate(x, *rotation)
 
 
-class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020), or two matrices around tanh-approximated GELU."""
-
-    def __init__(self, spec: TransformerSpec) -> None:
-        super().__init__()
-        self.gate = nn.Linear(spec.width, spec.ffn, bias=spec.mlp_bias) if spec.mlp == "swiglu" else None
-        self.up = nn.Linear(spec.width, spec.ffn, bias=spec.mlp_bias)
-        self.down = nn.Linear(spec.ffn, spec.width, bias=spec.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        up = self.up(x)  # (B, T, F)
-        hidden = F.gelu(up, approximate="tanh") if self.gate is None else F.silu(self.gate(x)) * up
-        out: Tensor = self.down(hidden)
-        return out
-
-
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
@@ -107,7 +96,7 @@ class Block(nn.Module):
         self.attention_norm = Norm(spec, spec.width)
         self.attention = Attention(spec, layer)
         self.mlp_norm = Norm(spec, spec.width)
-        self.mlp = MLP(spec)
+        self.mlp = MoE(spec) if spec.experts else MLP(spec, spec.ffn)
 
     def forward(
         self,
@@ -170,7 +159,7 @@ class Transformer(nn.Module):
             positions = positions_in_document(documents)
         x = self._embedded(tokens, positions) if self.is_first else tokens  # (B, T, E)
         rotation = self._rotation(length, positions, tokens.device) if self.spec.positions == "rope" else None
-        for block in self.layers.values():
+        for block in self.blocks:
             x = block(x, rotation, documents, cache, positions)
         if cache is not None:
             cache.advance(length)
@@ -193,11 +182,16 @@ class Transformer(nn.Module):
             return F.linear(x, head.weight)
         return self.cross_entropy(x.flatten(0, 1), head.weight, targets.flatten())
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks in order."""
+        return [block for block in self.layers.values() if isinstance(block, Block)]
+
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter with its initial value; independent of order and of the other parameters."""
+        """Fill every tensor with its initial value; independent of order and of the other tensors."""
         with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                parameter.copy_(initial_value(name, parameter.shape, self.spec, seed))
+            for name, tensor in named_tensors(self):
+                tensor.copy_(initial_value(name, tensor.shape, self.spec, seed))
 
     def _rotation(self, length: int, positions: Tensor | None, device: torch.device) -> Rotation:
         # Rotation depends on distances only, so documents need no positions of their own.
@@ -205,6 +199,12 @@ class Transformer(nn.Module):
             return rotation(self.spec, length, device)
         cos, sin = rotation_at(self.spec, positions)
         return cos[:, None], sin[:, None]  # (B, 1, T, D)
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Everything that makes up a model, by name: parameters, and what balances routers without being trained."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def initial_value(name: str, shape: torch.Size, spec: TransformerSpec, seed: int) -> Tensor:
@@ -218,11 +218,17 @@ def initial_value(name: str, shape: torch.Size, spec: TransformerSpec, seed: int
     if "norm" in name:
         return torch.ones(shape)
     std = 0.02
-    if name.endswith(("attention.o.weight", "mlp.down.weight")):
+    if name.endswith(_TO_RESIDUAL):
         std /= math.sqrt(2 * spec.layers)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def parameter_names(spec: TransformerSpec) -> list[str]:
+    """The names of all parameters, in order."""
+    with torch.device("meta"):
+        return [name for name, _ in Transformer(spec).named_parameters()]
 
 
 @torch.no_grad()
@@ -236,9 +242,11 @@ def materialize(
     """A transformer with given values, asked for one at a time, so that memory holds the model once."""
     with torch.device("meta"):
         model = Transformer(spec)
-    model = model.to(dtype).to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(value(name, parameter.shape))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # and not the buffers, which are fp32 for a reason
+    model = model.to_empty(device=device)
+    for name, tensor in named_tensors(model):
+        tensor.copy_(value(name, tensor.shape))
     return model
 
 

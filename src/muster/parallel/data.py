@@ -1,6 +1,6 @@
 """Data parallelism and ZeRO (Rajbhandari et al. 2020) on torch's FSDP2, one code path for every stage.
 
-The mesh has two axes, replicate and shard. What a stage divides follows from when FSDP2
+Over the axes replicate and shard (which context joins). What a stage divides follows from when FSDP2
 gathers and reduces:
 
     stage  over      parameters between uses        gradients are reduced
@@ -15,46 +15,57 @@ copies that FSDP2 gathers are bf16 under `precision: bf16`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from muster.model.moe import MoE
+from muster.model.transformer import Transformer
+from muster.parallel import offload
 from muster.parallel.layout import Layout
+from muster.parallel.mesh import Mesh
+from muster.parallel.reduction import InPlaceReduction
 
 
-def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
-    """The data axes: (shard,), or (replicate, shard) where there are copies."""
-    if layout.replicate == 1:
-        return init_device_mesh(device.type, (layout.shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(
-        device.type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard")
-    )
-
-
-def shard(
-    blocks: list[nn.Module], model: nn.Module, mesh: DeviceMesh, layout: Layout, compute: torch.dtype
-) -> None:
-    """Apply FSDP2 to each block and then to the rest of the model (embedding, last norm and head together)."""
+def shard(model: Transformer, mesh: Mesh, compute: torch.dtype) -> None:
+    """Apply FSDP2 to each unit of a model, in place."""
+    layout = mesh.layout
     # Gradients are summed over ranks and microbatches in fp32; where there is nothing to sum, that would only copy.
-    alone = layout.world == layout.accumulate == 1
+    alone = layout.averaged == layout.accumulate == 1
     policy = MixedPrecisionPolicy(
         param_dtype=compute if compute != torch.float32 else None,
         reduce_dtype=None if alone else torch.float32,
         cast_forward_inputs=False,
     )
-    for module in blocks:
-        fully_shard(module, mesh=mesh, reshard_after_forward=layout.zero == 3, mp_policy=policy)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    for unit, data in _units(model, mesh):
+        # The last unit is gathered as long as any of it is in use: the embedding at one end, the head at the other.
+        reshard = layout.zero == 3 and unit is not model
+        fully_shard(
+            unit,
+            mesh=data,
+            reshard_after_forward=reshard,
+            mp_policy=policy,
+            offload_policy=offload.policy(layout.offload),
+        )
+        if data["shard"].size() == 1:
+            assert isinstance(unit, FSDPModule)
+            # Its base class is private to torch, which asks for no more than these two methods.
+            unit.set_custom_reduce_scatter(InPlaceReduction())  # type: ignore[arg-type]
 
 
-def sum_over_ranks(loss: Tensor, layout: Layout) -> Tensor:
-    """Scale a rank's loss so that FSDP2, which averages gradients over the ranks, sums them instead.
+def _units(model: Transformer, mesh: Mesh) -> Iterator[tuple[nn.Module, DeviceMesh]]:
+    """What is gathered and reduced at once, and over which ranks: each block, and the rest of the model together.
 
-    (Asking it for a divide factor of 1 costs two more passes over the gradients where a rank is alone on its
-    shard axis, and an operation that gloo lacks elsewhere.)
+    Experts that are divided are a unit of their own: each expert rank has other ones, so fewer ranks share them.
     """
-    return loss * layout.world
+    for block in model.blocks:
+        if mesh.layout.expert > 1 and isinstance(block.mlp, MoE):
+            yield block.mlp.experts, mesh.expert_data()
+        yield block, mesh.dense_data()
+    yield model, mesh.dense_data()
 
 
 def begin_microbatch(model: nn.Module, layout: Layout, *, is_last: bool) -> None:

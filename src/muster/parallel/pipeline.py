@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 
 from muster.model.generate import greedy
 from muster.model.transformer import positions_in_document
+from muster.parallel.inputs import Inputs
 from muster.parallel.schedules import SCHEDULES, rank_of_stage
 from muster.parallel.simulate import Operation
 from muster.parallel.timeline import Clock, RecordedStage, Recorder
@@ -39,35 +39,6 @@ class Activations:
     def empty(self, rows: int, tokens: int, device: torch.device | None = None) -> Tensor:
         shape = (rows, tokens // self.divided, self.width)
         return torch.empty(shape, dtype=self.dtype, device=device or self.device)
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What every stage is given of some rows of a batch, all (B, T)."""
-
-    tokens: Tensor
-    targets: Tensor | None
-    documents: Tensor | None
-    positions: Tensor | None
-
-    def named(self) -> dict[str, Any]:
-        """All but the tokens, which only the first stage gets, by the names of the stages' arguments."""
-        named = {"targets": self.targets, "documents": self.documents, "positions": self.positions}
-        return {name: value for name, value in named.items() if value is not None}
-
-    def split(self, rows: int) -> list[Inputs]:
-        """Pieces of at most `rows` rows."""
-        starts = range(0, len(self.tokens), rows)
-        return [
-            Inputs(
-                self.tokens[start : start + rows],
-                *(
-                    None if value is None else value[start : start + rows]
-                    for value in (self.targets, self.documents, self.positions)
-                ),
-            )
-            for start in starts
-        ]
 
 
 class Pipeline:
@@ -109,46 +80,32 @@ class Pipeline:
     def has_last(self) -> bool:
         return self._last in self._stages
 
-    def step(
-        self,
-        tokens: Tensor,
-        targets: Tensor,
-        *,
-        documents: Tensor | None = None,
-        positions: Tensor | None = None,
-        loss_scale: float = 1.0,
-    ) -> Tensor:
+    def step(self, inputs: Inputs, *, loss_scale: float = 1.0) -> Tensor:
         """Forward and backward of a batch (B, T); the summed loss on the last stage's rank, elsewhere 0.
 
         Adds to the parameters' gradients those of loss_scale times the summed loss.
         """
-        if tuple(tokens.shape) != self._batch:
-            raise ValueError(f"a step of this pipeline takes tokens {self._batch}, not {tuple(tokens.shape)}")
-        inputs = self._inputs(tokens, targets, documents, positions)
+        if tuple(inputs.tokens.shape) != self._batch:
+            raise ValueError(
+                f"a step of this pipeline takes tokens {self._batch}, not {tuple(inputs.tokens.shape)}"
+            )
+        inputs = self._placed(inputs)
         self._loss_scale, self._losses = loss_scale, []
-        self._schedule.step(
-            *((tokens,) if self.has_first else ()), target=targets, return_outputs=False, **inputs.named()
-        )
-        return sum(self._losses, torch.zeros((), device=tokens.device))
+        first = (inputs.tokens,) if self.has_first else ()
+        self._schedule.step(*first, target=inputs.targets, return_outputs=False, **inputs.named())
+        return sum(self._losses, torch.zeros((), device=inputs.tokens.device))
 
-    def evaluate(
-        self,
-        tokens: Tensor,
-        targets: Tensor,
-        *,
-        documents: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
+    def evaluate(self, inputs: Inputs) -> Tensor:
         """The summed loss of any number of rows (B, T), without gradients; on the last stage's rank, elsewhere 0."""
-        losses = self._forward(self._inputs(tokens, targets, documents, positions))
-        return sum(losses, torch.zeros((), device=tokens.device))
+        losses = self._forward(self._placed(inputs))
+        return sum(losses, torch.zeros((), device=inputs.tokens.device))
 
     def logits(self, tokens: Tensor) -> Tensor | None:
         """Logits (B, T, V) for tokens (B, T) of any shape, on the last stage's rank."""
         length = tokens.shape[1]
         # What follows a token does not change its logits.
         padded = F.pad(tokens, (0, -length % self._activations.divided))
-        found = self._forward(self._inputs(padded, None, None, None))
+        found = self._forward(self._placed(Inputs(padded)))
         return torch.cat(found)[:, :length] if found else None
 
     def generate(
@@ -202,16 +159,15 @@ class Pipeline:
     def _rank_of(self, stage: int) -> int:
         return rank_of_stage(self._schedule_name, stage, self._ranks)
 
-    def _inputs(
-        self, tokens: Tensor, targets: Tensor | None, documents: Tensor | None, positions: Tensor | None
-    ) -> Inputs:
-        divided = self._activations.divided
+    def _placed(self, inputs: Inputs) -> Inputs:
+        """With positions, where a later stage could not tell them from its part of the hidden states."""
+        divided, tokens = self._activations.divided, inputs.tokens
         if tokens.shape[1] % divided:
             raise ValueError(f"{divided} ranks do not divide the {tokens.shape[1]} tokens of a sequence")
-        if positions is None and divided > 1:
-            # A later stage could not tell how long a sequence is from its part of the hidden states.
-            positions = positions_in_document(torch.zeros_like(tokens) if documents is None else documents)
-        return Inputs(tokens, targets, documents, positions)
+        if inputs.positions is not None or divided == 1:
+            return inputs
+        documents = torch.zeros_like(tokens) if inputs.documents is None else inputs.documents
+        return replace(inputs, positions=positions_in_document(documents))
 
     def _torch_stage(self, index: int) -> RecordedStage:
         rows, tokens = self._rows, self._batch[1]

@@ -60,7 +60,7 @@ def join(timeout_s: float = 600.0) -> Iterator[World]:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(threads_per_rank())
-        _keep_freed_memory()
+        keep_freed_memory()
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s)
     )
@@ -70,7 +70,7 @@ def join(timeout_s: float = 600.0) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep what a step frees for the next step, which needs the same again.
 
     Otherwise large tensors go back to the kernel each time and come back a page fault at a time: measured 100,000

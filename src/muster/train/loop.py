@@ -14,7 +14,7 @@ from muster.parallel.world import World
 from muster.train import saves
 from muster.train.clock import Alarm
 from muster.train.evaluate import Evaluation
-from muster.train.plan import Plan
+from muster.train.plan import Plan, Training
 from muster.train.report import Report
 from muster.train.trainee import Trainee
 
@@ -32,10 +32,10 @@ def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
     gc.disable()  # a collection in the middle of one rank's step would make every other rank wait
 
     while step < plan.steps:
-        batches = microbatches(sampler, plan, world, step)
+        batches = microbatches(sampler, plan, trainee.mesh.data_index, step)
         # One small exchange a step: the size of the global batch, and what the first rank's clock says is due.
         tokens, evaluate_now, save_now = world.sum(
-            sum(batch.valid_tokens for batch in batches),
+            trainee.mesh.reads_first and sum(batch.valid_tokens for batch in batches),
             world.is_first and evaluation_due.rings(step + 1),
             world.is_first and checkpoint_due.rings(step + 1),
         )
@@ -43,7 +43,7 @@ def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
         step += 1
         report.step(step, update)
         if evaluate_now and step < plan.steps:
-            last_evaluation = trainee.evaluate(limit_tokens=plan.run.train.eval_tokens)
+            last_evaluation = trainee.evaluate(plan.corpus, limit_tokens=plan.run.train.eval_tokens)
             report.evaluation(step, last_evaluation)
         if save_now and step < plan.steps:
             saves.save(trainee, plan, world, report, step)
@@ -54,15 +54,20 @@ def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
     if saved < step:
         saves.save(trainee, plan, world, report, step)
     if plan.corpus.held_out:
-        last_evaluation = trainee.evaluate()
+        last_evaluation = trainee.evaluate(plan.corpus)
         report.evaluation(step, last_evaluation)
     report.end(step)
     return last_evaluation
 
 
-def microbatches(sampler: Sampler, plan: Plan, world: World, step: int) -> list[Batch]:
-    """This rank's part of the global batch of a step, which is the same for any number of ranks."""
-    per_rank = plan.sequences_per_batch // world.size
-    first = step * plan.sequences_per_batch + world.rank * per_rank
-    size = plan.layout.microbatch
-    return [sampler.batch(range(start, start + size)) for start in range(first, first + per_rank, size)]
+def microbatches(sampler: Sampler, plan: Plan, part: int, step: int) -> list[Batch]:
+    """One data part of the global batch of a step, which is the same for any number of ranks."""
+    return [sampler.batch(samples) for samples in microbatch_ranges(plan, part, step)]
+
+
+def microbatch_ranges(training: Training, part: int, step: int) -> list[range]:
+    """The numbers of the samples in each microbatch of one data part."""
+    per_part = training.sequences_per_batch // training.layout.data
+    first = step * training.sequences_per_batch + part * per_part
+    size = training.layout.microbatch
+    return [range(start, start + size) for start in range(first, first + per_part, size)]

@@ -13,19 +13,19 @@ from muster.config import schema
 from muster.data.dataset import Corpus, prepare
 from muster.data.progress import Progress
 from muster.data.sampler import Sampler
-from muster.model.build import spec_from_config
+from muster.model.build import balance_from_config, spec_from_config
 from muster.model.spec import TransformerSpec
 from muster.parallel.layout import Layout, resolve
 from muster.parallel.world import usable_cores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Training:
+    """What is trained, on which layout: all that a step needs to know besides its batch."""
+
     run: schema.Run
-    base: Path
-    """Folder of the run file, which relative paths start from."""
     folder: Path
-    corpus: Corpus
+    """The run's own folder."""
     spec: TransformerSpec
     layout: Layout
     model_folder: Path | None
@@ -38,6 +38,15 @@ class Plan:
     @property
     def sequences_per_batch(self) -> int:
         return self.run.train.batch_tokens // self.sequence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan(Training):
+    """The whole run: its training and its data."""
+
+    base: Path
+    """Folder of the run file, which relative paths start from."""
+    corpus: Corpus
 
 
 def make(
@@ -56,7 +65,8 @@ def make(
     """
     # Sizes and layout before the corpus is read, which can take long; any vocabulary does for that.
     draft = spec_from_config(run.model, 1, base)
-    layout = resolve(run, context=draft.context, cores=usable_cores(), gpus=gpus, ranks=ranks)
+    balance_from_config(run.train.balance, draft)
+    layout = resolve(run, draft, cores=usable_cores(), gpus=gpus, ranks=ranks)
     model_folder = None if run.model.from_ is None else (base / Path(run.model.from_).expanduser()).resolve()
     data = run.data
     if data.tokenizer is None:

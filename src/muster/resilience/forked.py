@@ -1,0 +1,97 @@
+"""Short-lived local ranks, forked in tenths of a second from a process that has torch loaded already.
+
+For checks that start many small worlds one after the other (`muster verify`). A run's ranks are started by the agent.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from muster.errors import TrainingError
+
+_PRELOADED = ["muster.train.verify", "torch._dynamo"]
+_POLL_S = 0.02
+
+
+class ForkedRanks:
+    """Makes worlds of ranks, fresh processes each time."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_PRELOADED)
+
+    def run(
+        self, ranks: int, work: Callable[..., None], *arguments: Any, errors: Path, timeout_s: float
+    ) -> None:
+        """Call work(*arguments) on `ranks` ranks, which find their place in the environment; wait for all.
+
+        TrainingError with the traceback of the first rank that fails, whose file is `errors`; the others are ended.
+        """
+        errors.unlink(missing_ok=True)
+        port = _free_port()
+        processes = [
+            self._context.Process(
+                target=_rank, args=(rank, ranks, port, errors, work, arguments), daemon=True
+            )
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            self._wait(processes, errors, timeout_s)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+
+    def _wait(self, processes: list[Any], errors: Path, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while any(process.exitcode is None for process in processes):
+            if any(process.exitcode not in (None, 0) for process in processes):
+                break
+            if time.monotonic() > deadline:
+                raise TrainingError(
+                    f"the ranks were not done within {timeout_s:.0f} s: raise --timeout, or lower --steps"
+                )
+            time.sleep(_POLL_S)
+        for rank, process in enumerate(processes):
+            if process.exitcode not in (None, 0):
+                said = (
+                    errors.read_text() if errors.exists() else f"it ended with exit code {process.exitcode}"
+                )
+                raise TrainingError(f"rank {rank} of {len(processes)} failed: {said.strip()}")
+
+
+def _rank(
+    rank: int, ranks: int, port: int, errors: Path, work: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_PORT": port,
+    }
+    os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        work(*arguments)
+    except Exception:
+        if not errors.exists():  # the first failure is the cause, what peers say follows from it
+            errors.write_text(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

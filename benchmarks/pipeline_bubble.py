@@ -109,6 +109,7 @@ def run_rank(steps: int, out: Path) -> None:
     import torch
 
     from muster.parallel import world
+    from muster.parallel.inputs import Inputs
     from muster.parallel.schedules import SCHEDULES
 
     with world.join() as joined:
@@ -119,7 +120,7 @@ def run_rank(steps: int, out: Path) -> None:
             for schedule, pipeline in pipelines.items():
                 joined.barrier()
                 with pipeline.recording() as operations:
-                    pipeline.step(tokens, tokens, loss_scale=1 / tokens.numel())
+                    pipeline.step(Inputs(tokens, tokens), loss_scale=1 / tokens.numel())
                 if step >= WARM_UP_STEPS:
                     seen[schedule].append([asdict(operation) for operation in operations])
         (out / f"{joined.rank}.json").write_text(json.dumps(seen))

@@ -8,7 +8,15 @@ import pytest
 
 from muster.parallel.orders import orders
 from muster.parallel.schedules import SCHEDULES
-from muster.parallel.simulate import Action, Operation, bubble_fraction, mean_duration_s, simulate
+from muster.parallel.simulate import (
+    Action,
+    Delays,
+    Operation,
+    bubble_fraction,
+    mean_delays,
+    mean_duration_s,
+    simulate,
+)
 
 
 def durations(**seconds: float) -> Callable[[Action], float]:
@@ -40,22 +48,22 @@ def test_zbv_has_almost_no_bubble_when_its_three_parts_take_equally_long() -> No
 
 
 def test_by_hand() -> None:
-    """Two ranks, two microbatches, a slow second stage, and half a second between ranks."""
+    """Two ranks, two microbatches, a slow second stage, half a second between ranks, a quarter between operations."""
     seconds: dict[tuple[int, str], float] = {(0, "F"): 1, (0, "B"): 2, (1, "F"): 3, (1, "B"): 4}
     plan = orders("1f1b", ranks=2, stages_per_rank=1, microbatches=2)
     done = {
         (o.stage, o.kind, o.microbatch): (o.start_s, o.end_s)
-        for o in simulate(plan, lambda a: seconds[a.stage, a.kind], transfer_s=0.5)
+        for o in simulate(plan, lambda a: seconds[a.stage, a.kind], Delays(gap_s=0.25, transfer_s=0.5))
     }
     assert done == {
         (0, "F", 0): (0, 1),
-        (0, "F", 1): (1, 2),
+        (0, "F", 1): (1.25, 2.25),
         (1, "F", 0): (1.5, 4.5),
-        (1, "B", 0): (4.5, 8.5),
-        (0, "B", 0): (9, 11),
-        (1, "F", 1): (8.5, 11.5),
-        (1, "B", 1): (11.5, 15.5),
-        (0, "B", 1): (16, 18),
+        (1, "B", 0): (4.75, 8.75),
+        (0, "B", 0): (9.25, 11.25),
+        (1, "F", 1): (9, 12),
+        (1, "B", 1): (12.25, 16.25),
+        (0, "B", 1): (16.75, 18.75),
     }
 
 
@@ -72,6 +80,16 @@ def test_a_plan_that_cannot_go_on_is_refused() -> None:
             [[Action(0, "F", 0), Action(0, "B", 0)], [Action(1, "B", 0), Action(1, "F", 0)]],
             durations(F=1, B=1),
         )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_delays_are_found_again_in_what_was_recorded(schedule: str) -> None:
+    stages_per_rank = SCHEDULES[schedule].stages_per_rank
+    plan = orders(schedule, ranks=4, stages_per_rank=stages_per_rank, microbatches=8)
+    delays = Delays(gap_s=0.01, transfer_s=0.02)
+    found = mean_delays(simulate(plan, durations(F=1.0, B=2.0, I=1.0, W=1.0), delays))
+    assert found.gap_s == pytest.approx(delays.gap_s, rel=0.5)
+    assert found.transfer_s == pytest.approx(delays.transfer_s, rel=0.5)
 
 
 def test_mean_duration() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from muster.comm.choice import Choice
 from muster.comm.formulas import Unit, zero_traffic
 from muster.comm.traffic import Kind, Tally, Traffic, sent_bytes
 
@@ -37,7 +38,7 @@ def test_tallies_add_up_by_axis() -> None:
     assert traffic.sent_bytes_by_axis() == {"shard": 100, "context": 1}
 
 
-UNITS = [Unit(shard_elements=100, regathers=True), Unit(shard_elements=10, regathers=False)]
+UNITS = [Unit(shapes=((20, 4), (20,)), regathers=True), Unit(shapes=((10,),), regathers=False)]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_stages_differ_in_how_often_they_gather_and_reduce(
         replicate=1,
         microbatches=3,
         parameter_bytes=2,
-        gradient_bytes=4,
+        choice=Choice(),
     )
     assert traffic["shard", "all-gather"].payload_bytes == gathered_elements * 2
     assert traffic["shard", "reduce-scatter"].payload_bytes == 110 * 2 * 4 * reduces
@@ -63,6 +64,21 @@ def test_stages_differ_in_how_often_they_gather_and_reduce(
 
 def test_copies_reduce_their_shards_only() -> None:
     traffic = zero_traffic(
-        UNITS, zero=1, shard=2, replicate=4, microbatches=3, parameter_bytes=2, gradient_bytes=4
+        UNITS, zero=1, shard=2, replicate=4, microbatches=3, parameter_bytes=2, choice=Choice()
     )
     assert traffic["replicate", "all-reduce"] == Tally(2, 440, 660)
+
+
+def test_compression_changes_what_is_sent() -> None:
+    def sent(choice: Choice) -> dict[str, int]:
+        degrees = {"zero": 1, "shard": 2, "replicate": 2, "microbatches": 1, "parameter_bytes": 2}
+        return zero_traffic(UNITS, **degrees, choice=choice).sent_bytes_by_axis()  # type: ignore[arg-type]
+
+    gathered, reduced = 110 * 2, 110 * 4
+    assert sent(Choice()) == {"shard": gathered + reduced, "replicate": reduced}
+    assert sent(Choice(gradients="bf16")) == {"shard": gathered + reduced // 2, "replicate": reduced // 2}
+    # int8: one byte an element, and a scale of four bytes for each unit's part
+    assert sent(Choice(parameters="int8"))["shard"] == 110 + 2 * 4 + reduced
+    assert sent(Choice(gradients="int8")) == {"shard": gathered + 110 + 2 * 4, "replicate": 110 + 2 * 2 * 4}
+    # rank 1: the 20 x 4 matrix goes as 20 + 4 elements, the vectors of 20 and 10 whole
+    assert sent(Choice(gradients="powersgd", rank=1))["replicate"] == (20 + 4 + 20 + 10) * 4

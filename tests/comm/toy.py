@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,7 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from muster.comm.compress import Choice, Compression, compress
+from muster.comm.choice import Choice
+from muster.comm.compress import Compression, compress
 from muster.model.spec import TransformerSpec
 from muster.model.transformer import Transformer
 
@@ -36,29 +39,33 @@ class Toy:
     groups: Mapping[str, dist.ProcessGroup]
     compression: Compression
 
-    def step(self, step: int, lr: float = 0.5) -> float:
-        """One SGD step on this rank's part of a batch of 8 sequences; the global batch's mean loss."""
+    def backward(self, step: int) -> Tensor:
+        """Gradients of this rank's part of a batch of 8 sequences; the rank's part of the batch's mean loss."""
         rank, ranks = dist.get_rank(), dist.get_world_size()
         generator = torch.Generator().manual_seed(step % 4)
         tokens = torch.randint(0, SPEC.vocab, (8, SPEC.context + 1), generator=generator)
         tokens = tokens[rank * 8 // ranks : (rank + 1) * 8 // ranks]
         loss = self.model(tokens[:, :-1], tokens[:, 1:]) / (8 * SPEC.context)
         (loss * ranks).backward()
+        return loss.detach()
+
+    def step(self, step: int) -> float:
+        """One step of SGD; the global batch's mean loss."""
+        loss = self.backward(step)
         with torch.no_grad():
             for parameter in self.model.parameters():
                 assert parameter.grad is not None
-                parameter -= lr * parameter.grad
+                parameter -= 0.25 * parameter.grad
                 parameter.grad = None
-        total = loss.detach()
-        dist.all_reduce(total)
-        return float(total)
+        dist.all_reduce(loss)
+        return float(loss)
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, np.ndarray[Any, Any]]:
         """Whole parameters, for comparison."""
-        return {name: whole(parameter) for name, parameter in self.model.named_parameters()}
+        return {name: _whole(parameter).numpy() for name, parameter in self.model.named_parameters()}
 
 
-def whole(tensor: Tensor) -> Tensor:
+def _whole(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
@@ -67,7 +74,7 @@ def toy(choice: Choice, *, replicate: int, shard: int, compute: torch.dtype | No
     mesh = init_device_mesh("cpu", (replicate, shard), mesh_dim_names=("replicate", "shard"))
     model = Transformer(SPEC)
     model.init_weights(seed=0)
-    ours = mesh["shard"] if choice.takes_over_copies else mesh
+    ours = mesh["shard"] if choice.takes_over_copies or replicate == 1 else mesh
     policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=choice.reduce_dtype, cast_forward_inputs=False
     )

@@ -1,13 +1,7 @@
 """Installs a choice of compression on a model that FSDP2 has divided; the one entry of this room for training.
 
-    gradients   over the shard axis                 over copies (the replicate axis)
-    none        reduce-scatter in fp32              FSDP2's own all-reduce in fp32
-    bf16, fp16  the same in that dtype              the same
-    int8        int8 all-to-all, summed in fp32     int8 all-reduce
-    powersgd    reduce-scatter in fp32              low-rank factors
-
 bf16 and fp16 are FSDP2's `MixedPrecisionPolicy(reduce_dtype=...)`. For int8 and powersgd the
-reduction over copies is ours (`takes_over_copies`): FSDP2 must be given the shard axis alone, and
+reduction over copies is ours (`Choice.takes_over_copies`): FSDP2 must be given the shard axis alone, and
 averages over it, so each copy's loss is scaled as ever.
 
 Residuals are not in checkpoints: they are private to a rank, for int8 larger than the rank's weights, and
@@ -19,58 +13,15 @@ bitwise equal, for the price of one step's rounding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from muster.comm import powersgd
+from muster.comm.choice import Choice
 from muster.comm.int8 import Int8AllGather, Int8AllReduce, Int8ReduceScatter
 from muster.comm.units import fsdp_units, padded_shard_shape, unit_parameters
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """`layout.compress` of a run file."""
-
-    gradients: Literal["none", "bf16", "fp16", "int8", "powersgd"] = "none"
-    parameters: Literal["none", "int8"] = "none"
-    rank: int = 4
-    """Of PowerSGD's factors."""
-
-    @property
-    def reduce_dtype(self) -> torch.dtype:
-        """The dtype in which FSDP2 reduces gradients, or in which received int8 chunks are summed."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.gradients, torch.float32)
-
-    @property
-    def takes_over_copies(self) -> bool:
-        """Whether FSDP2 must be given the shard axis alone."""
-        return self.gradients in ("int8", "powersgd")
-
-
-def problems(choice: Choice, *, replicate: int, shard: int) -> list[str]:
-    """What of a choice has no effect on such a layout, each as a sentence for the run file's author."""
-    found = []
-    if choice.gradients != "none" and replicate * shard == 1:
-        found.append(
-            f"layout.compress.gradients: {choice.gradients} has nothing to compress on one rank; remove it"
-        )
-    elif choice.gradients == "powersgd" and replicate == 1:
-        found.append(
-            "layout.compress.gradients: powersgd compresses between copies, but layout.replicate is 1; "
-            "use int8, or replicate 2 or more"
-        )
-    if choice.parameters == "int8" and shard == 1:
-        found.append(
-            "layout.compress.parameters: int8 compresses the gathering of shards, but layout.shard is 1; remove it, "
-            "or use shard 2 or more"
-        )
-    return found
-
 
 Reduction = Int8ReduceScatter | Int8AllReduce | powersgd.PowerSGD
 

@@ -6,11 +6,11 @@ that do not divide are padded, so a rank's part of a parameter always has its pa
 
 from __future__ import annotations
 
-from math import prod
-
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
+
+from muster.comm.formulas import Unit
 
 
 def fsdp_units(model: nn.Module) -> list[FSDPModule]:
@@ -45,6 +45,13 @@ def padded_shard_shape(parameter: DTensor) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def shard_elements(unit: FSDPModule) -> int:
-    """Elements of one rank's part of a unit's buffers, padding included."""
-    return sum(prod(padded_shard_shape(parameter)) for parameter in unit_parameters(unit))
+def zero_units(model: nn.Module) -> list[Unit]:
+    """The units of a model whose outermost keeps its parameters between forward and backward, as the formulas see
+    them."""
+    return [
+        Unit(
+            shapes=tuple(padded_shard_shape(parameter) for parameter in unit_parameters(unit)),
+            regathers=index > 0,
+        )
+        for index, unit in enumerate(fsdp_units(model))
+    ]

@@ -62,6 +62,22 @@ def low_rank() -> tuple[Numbers, Traffic]:
         return mean.numpy(), meter.traffic
 
 
+def test_a_unit_without_matrices_is_averaged_whole(run_ranks: Any) -> None:
+    for mean, traffic in run_ranks(2, only_vectors):
+        assert np.allclose(mean, np.arange(30) / 2)
+        assert traffic == {("replicate", "all-reduce"): Tally(1, 120, 120)}
+
+
+def only_vectors() -> tuple[Numbers, Traffic]:
+    with join() as world:
+        group = dist.group.WORLD
+        assert group is not None
+        mean = torch.arange(30.0) * world.rank
+        with Meter({"replicate": group}) as meter:
+            PowerSGD(plan([(20,), (10,)], rank=2), group, seed=0)(mean)
+        return mean.numpy(), meter.traffic
+
+
 def test_feedback_makes_up_for_full_rank(run_ranks: Any) -> None:
     exact = (gradient(0) + gradient(1)) / 2
     answers = run_ranks(2, full_rank)

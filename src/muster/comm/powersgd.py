@@ -89,16 +89,17 @@ class PowerSGD:
             self._right = self._random(gradient)
         for matrix, error in zip(matrices, self._errors, strict=True):
             matrix.add_(error)
-        left = [matrix @ right for matrix, right in zip(matrices, self._right, strict=True)]
+        # P^T = Q^T M^T, because a product with a narrow factor on the left is up to ten times as fast on CPU.
+        left = [(right @ matrix.T).T for matrix, right in zip(matrices, self._right, strict=True)]
         whole = self._whole(gradient)
         self._average(left + whole)
         left = [torch.linalg.qr(factor).Q for factor in left]
-        self._right = [matrix.T @ factor for matrix, factor in zip(matrices, left, strict=True)]
+        self._right = [factor.T @ matrix for matrix, factor in zip(matrices, left, strict=True)]
         for error, matrix, factor, right in zip(self._errors, matrices, left, self._right, strict=True):
-            torch.addmm(matrix, factor, right.T, alpha=-1, out=error)
+            torch.addmm(matrix, factor, right, alpha=-1, out=error)
         self._average(self._right)
         for matrix, factor, right in zip(matrices, left, self._right, strict=True):
-            torch.mm(factor, right.T, out=matrix)
+            torch.mm(factor, right, out=matrix)
 
     def _whole(self, gradient: Tensor) -> list[Tensor]:
         """Views of what lies between the matrices."""
@@ -110,18 +111,18 @@ class PowerSGD:
 
     def _average(self, parts: list[Tensor]) -> None:
         """Average tensors over the group, in place and in one message."""
-        message = torch.cat([part.reshape(-1) for part in parts])
-        if not message.numel():
+        if not parts:
             return
+        message = torch.cat([part.reshape(-1) for part in parts])
         dist.all_reduce(message, group=self._group)
         message.div_(self._group.size())
         for part, mean in zip(parts, torch.split(message, [part.numel() for part in parts]), strict=True):
             part.copy_(mean.view_as(part))
 
     def _random(self, gradient: Tensor) -> list[Tensor]:
-        """The first Q (columns, rank), equal on every copy whatever its device."""
+        """The first Q^T (rank, columns), equal on every copy whatever its device."""
         generator = torch.Generator().manual_seed(self._seed)
         return [
-            torch.randn(columns, self._plan.rank, generator=generator).to(gradient)
+            torch.randn(self._plan.rank, columns, generator=generator).to(gradient)
             for _, _, columns in self._plan.matrices
         ]

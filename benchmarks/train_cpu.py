@@ -184,7 +184,7 @@ def _muster_plan(cell: Cell, ranks: int) -> Any:
         layout=schema.Layout(replicate=ranks, microbatch=shape["rows"]),
     )  # fmt: skip
     spec = spec_from_config(model, shape["vocab"], Path())
-    layout = resolve(run, context=SEQUENCE, cores=ranks, gpus=0)
+    layout = resolve(run, spec, cores=ranks, gpus=0)
     return SimpleNamespace(run=run, spec=spec, layout=layout, steps=100, sequence=SEQUENCE, model_folder=None)
 
 

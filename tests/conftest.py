@@ -22,6 +22,7 @@ _PRELOAD = [
     "torch",
     "torch.distributed",
     "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
     "torch.distributed.tensor",
     "torch.distributed.checkpoint",
     "torch._dynamo",

@@ -21,6 +21,7 @@ from muster.model.transformer import Transformer, initial_value
 from muster.parallel import data
 from muster.parallel.apply import apply
 from muster.parallel.layout import Layout
+from muster.parallel.mesh import Mesh
 from muster.parallel.world import join
 from tests.comm.toy import SPEC
 
@@ -132,19 +133,12 @@ def measured_and_expected(layouts: list[dict[str, Any]]) -> list[tuple[Traffic, 
 
 
 def _pair(layout: Layout, compute: torch.dtype, device: torch.device) -> tuple[Traffic, Traffic]:
-    mesh = data.build_mesh(layout, device)
+    mesh = Mesh(layout, device)
     with torch.device("meta"):
         model = Transformer(SPEC)
-    apply(
-        model,
-        list(model.layers.values()),
-        layout,
-        mesh,
-        compute=compute,
-        value=lambda name, shape: initial_value(name, shape, SPEC, 0),
-    )
+    apply(model, mesh, compute=compute, value=lambda name, shape: initial_value(name, shape, SPEC, 0))
     tokens = torch.zeros((1, SPEC.context), dtype=torch.int64)
-    with Meter({axis: mesh.get_group(axis) for axis in mesh.mesh_dim_names or ()}) as meter:
+    with Meter(mesh.groups) as meter:
         for index in range(layout.accumulate):
             data.begin_microbatch(model, layout, is_last=index == layout.accumulate - 1)
             model(tokens, tokens).backward()

@@ -78,7 +78,7 @@ def toy(choice: Choice, *, replicate: int, shard: int, compute: torch.dtype | No
     policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=choice.reduce_dtype, cast_forward_inputs=False
     )
-    for block in model.layers.values():
+    for block in model.blocks:
         fully_shard(block, mesh=ours, mp_policy=policy)
     fully_shard(model, mesh=ours, mp_policy=policy, reshard_after_forward=False)
     assert isinstance(model, FSDPModule)

@@ -91,7 +91,7 @@ def test_what_is_missing_is_told_at_its_section(problems) -> None:
         (
             "family: llama",
             "family: lama",
-            "2: model.family: should be llama, mistral, qwen2, qwen3 or gpt2 (got 'lama') - did you mean 'llama'?",
+            "2: model.family: should be llama, mistral, qwen2, qwen3, gpt2, mixtral, qwen3_moe or dots1 (got 'lama') - did you mean 'llama'?",
         ),
         (
             "{train: bpe, vocab: 300}",
@@ -118,10 +118,12 @@ def test_one_fault_is_one_sentence(problems, old: str, new: str, said: str) -> N
 @pytest.mark.parametrize(
     ("tail", "said"),
     [
-        ("layout: autoo", "layout: should be auto, or the degrees: {shard: 2, zero: 3, recompute: full, microbatch: 4} (got 'autoo')"),
-        ("layout: [1]", "layout: should be auto, or the degrees: {shard: 2, zero: 3, recompute: full, microbatch: 4} (got [1])"),
+        ("layout: autoo", "layout: should be auto, or the degrees: {shard: 2, tensor: 2, zero: 3, recompute: full, microbatch: 4} (got 'autoo')"),
+        ("layout: [1]", "layout: should be auto, or the degrees: {shard: 2, tensor: 2, zero: 3, recompute: full, microbatch: 4} (got [1])"),
         ("layout: {zero: 0, shard: 2}", "layout: zero: 0 shards nothing, so write replicate: 2 instead of shard"),
-        ("layout: {tensor: 2}", "layout.tensor: not in this version of muster: remove it"),
+        ("layout: {virtual: 2}", "layout: split and virtual divide a pipeline's layers: set pipeline to 2 or more, or leave them out"),
+        ("layout: {pipeline: 2, zero: 3}", "layout: zero: 3 would gather or reduce for each of a pipeline's microbatches: use zero: 1"),
+        ("faults: {on_nan: rewind}", "faults: not in this version of muster: remove it"),
         ("track: wandb", "track: should be a list, such as [a, b] (got 'wandb')"),
         ("track: [tensorbord]", "track.0: should be tensorboard or wandb (got 'tensorbord') - did you mean 'tensorboard'?"),
         ("checkpoint: {every: 3}", "checkpoint.every: should say its unit: for example 2m, 30s or 100 steps (got 3)"),
@@ -130,6 +132,10 @@ def test_one_fault_is_one_sentence(problems, old: str, new: str, said: str) -> N
         ("  optimizer: {lr: .nan}", "train.optimizer.lr: should be a finite number (got nan)"),
         ("  optimizer: {betas: [0.9, 1.5]}", "train.optimizer.betas.1: should be less than 1 (got 1.5)"),
         ("  optimizer: {betas: [0.9]}", "train.optimizer.betas.1: required"),
+        ("  optimizer: {kind: moun}", "train.optimizer.kind: should be adamw or muon (got 'moun') - did you mean 'muon'?"),
+        ("  optimizer: {momentum: 0.9}", "train.optimizer: momentum (0.9) is muon's, and adamw has betas instead: remove it, or write kind: muon"),
+        ("  optimizer: {kind: muon, momentum: 1}", "train.optimizer.momentum: should be less than 1 (got 1)"),
+        ("layout: {offload: gpu}", "layout.offload: should be none, cpu or disk (got 'gpu') - did you mean 'cpu'?"),
         ("serve: nothing", "serve: should be a section with keys such as host, port, streams (got 'nothing')"),
         ("track: &t [*t]", "nested deeper than 32 levels"),
         ("? [a, b]\n: c", "a key should be a word, not a list or mapping"),
@@ -141,6 +147,12 @@ def test_one_fault_is_one_sentence(problems, old: str, new: str, said: str) -> N
 )  # fmt: skip
 def test_faults_of_later_sections(problems, tail: str, said: str) -> None:
     assert problems(f"{GOOD}{tail}\n") == [f"run.yaml:9: {said}"]
+
+
+def test_what_one_section_forbids_another(problems) -> None:
+    assert problems(GOOD + "  optimizer: {kind: muon}\nlayout: {offload: disk}\n") == [
+        "run.yaml:1: layout.offload: disk streams AdamW's two moments, but train.optimizer.kind is muon, which keeps one: write offload: cpu, or kind: adamw"
+    ]
 
 
 @pytest.mark.parametrize(

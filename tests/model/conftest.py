@@ -65,6 +65,6 @@ def _make(spec: TransformerSpec) -> Transformer:
     model.init_weights(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.mul_(8)
     return model

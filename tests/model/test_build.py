@@ -9,27 +9,27 @@ from typing import Any
 import pytest
 import torch
 
-from muster.config.schema import Model
+from muster.config.schema import SPARSE, Balance, Model
 from muster.errors import ConfigError, UsageError
-from muster.model.build import spec_from_config
+from muster.model.build import balance_from_config, spec_from_config
 from muster.model.folder import save_folder
 from muster.model.presets import PRESETS
 from muster.model.spec import TransformerSpec
-from muster.model.transformer import Transformer
+from muster.model.transformer import Transformer, named_tensors
 
 SIZES: dict[str, Any] = {"layers": 2, "width": 96, "heads": 6, "context": 128}
+EXPERTS = {"experts": 4, "experts_per_token": 2}
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt2", *SPARSE])
 def test_each_family_gives_a_model_that_runs(family: Any, tmp_path: Path) -> None:
-    spec = spec_from_config(Model(family=family, **SIZES), 300, tmp_path)
+    sizes = SIZES | (EXPERTS if family in SPARSE else {})
+    spec = spec_from_config(Model(family=family, **sizes), 300, tmp_path)
     assert (spec.vocab, spec.head_dim, spec.kv_heads) == (300, 16, 6)
     model = Transformer(spec)
     model.init_weights(0)
     assert model(torch.zeros(1, 128, dtype=torch.long)).shape == (1, 128, 300)
-    save_folder(
-        dict(model.named_parameters()), spec, tmp_path / "out", dtype=torch.float32, bos_id=0, eos_id=0
-    )
+    save_folder(dict(named_tensors(model)), spec, tmp_path / "out", dtype=torch.float32, bos_id=0, eos_id=0)
 
 
 def test_sizes_override_the_preset(tmp_path: Path) -> None:
@@ -42,6 +42,10 @@ def test_sizes_override_the_preset(tmp_path: Path) -> None:
 def test_default_feed_forward_width(tmp_path: Path) -> None:
     assert spec_from_config(Model(family="llama", **SIZES), 300, tmp_path).ffn == 256
     assert spec_from_config(Model(family="gpt2", **SIZES), 300, tmp_path).ffn == 384
+    mixtral = spec_from_config(Model(family="mixtral", **SIZES, **EXPERTS), 300, tmp_path)
+    assert (mixtral.ffn, mixtral.expert_ffn, mixtral.shared_ffn) == (0, 128, 0)
+    dots1 = spec_from_config(Model(family="dots1", **SIZES, **EXPERTS, expert_ffn=48), 300, tmp_path)
+    assert (dots1.ffn, dots1.expert_ffn, dots1.shared_ffn) == (0, 48, 48)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,20 @@ def test_default_feed_forward_width(tmp_path: Path) -> None:
         ({"preset": "llama-3-8b", "kv_heads": 5}, r"model.kv_heads: 5 must divide heads \(32\)"),
         ({"preset": "llama-3-8b", "width": 32}, r"model.heads: width / heads \(1\) must be even"),
         ({"preset": "gpt2", "kv_heads": 4}, "model.kv_heads: gpt2 has one for each of its 12 heads"),
+        (
+            {"family": "llama", **SIZES, "experts": 4},
+            "model.experts: llama has no experts; use family: mixtral, ",
+        ),
+        ({"preset": "mixtral-8x7b", "ffn": 64}, "model.ffn: every layer of a mixtral model has experts"),
+        (
+            {"preset": "mixtral-8x7b", "experts_per_token": 9},
+            "model.experts_per_token: 9 exceeds the 8 experts",
+        ),
+        ({"preset": "qwen3-30b-a3b", "shared_ffn": 64}, "model.shared_ffn: qwen3_moe has no shared experts"),
+        (
+            {"family": "dots1", **SIZES, **EXPERTS, "expert_ffn": 64, "shared_ffn": 100},
+            r"model.shared_ffn: 100 is not a multiple of expert_ffn \(64\): nearest legal values are 64 and 128",
+        ),
         ({"family": "gpt2", **SIZES, "tied": False}, "model.tied: gpt2 always"),
         ({"family": "gpt2", **SIZES, "rope_theta": 1e4}, "model.rope_theta: gpt2 has learned positions"),
     ],
@@ -72,6 +90,28 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         spec_from_config(section, 300, tmp_path)
     assert len(raised.value.problems) == 4
+
+
+def test_balance_follows_the_family(tmp_path: Path) -> None:
+    def spec(family: Any, **sizes: Any) -> TransformerSpec:
+        return spec_from_config(Model(family=family, **SIZES, **sizes), 300, tmp_path)
+
+    llama, mixtral, dots1 = spec("llama"), spec("mixtral", **EXPERTS), spec("dots1", **EXPERTS)
+    assert balance_from_config(Balance(), llama) is None
+    assert balance_from_config(Balance(), mixtral) == Balance(kind="aux_loss", coefficient=0.001)
+    assert balance_from_config(Balance(coefficient=0.0), mixtral) == Balance(kind="aux_loss", coefficient=0.0)
+    assert balance_from_config(Balance(), dots1) == Balance(kind="bias", rate=0.001)
+    assert balance_from_config(Balance(kind="aux_loss", coefficient=0.1), dots1) == Balance(
+        kind="aux_loss", coefficient=0.1
+    )
+    for said, shape, problem in (
+        (Balance(kind="bias"), llama, "train.balance: llama has no experts"),
+        (Balance(kind="bias"), mixtral, "train.balance.kind: a mixtral router has no bias"),
+        (Balance(rate=0.1), mixtral, "train.balance.rate: aux_loss has none"),
+        (Balance(coefficient=0.1), dots1, "train.balance.coefficient: bias has none"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            balance_from_config(said, shape)
 
 
 def test_from_a_folder(spec: TransformerSpec, gpt2: TransformerSpec, tmp_path: Path) -> None:

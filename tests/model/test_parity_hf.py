@@ -20,6 +20,7 @@ import transformers
 
 from muster.model.folder import load_folder, read_spec, save_folder
 from muster.model.generate import generate
+from muster.model.transformer import named_tensors
 
 LIMIT = 1e-4
 COMMON = {
@@ -39,6 +40,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+QWEN3_MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 20}
+DOTS1 = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "head_dim": 12,
+}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, COMMON | {"tie_word_embeddings": False}),
     "llama-tied-bias": (
@@ -54,6 +63,15 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "mistral-no-window": (transformers.MistralConfig, COMMON | {"sliding_window": None}),
     "qwen2": (transformers.Qwen2Config, COMMON | {"tie_word_embeddings": True}),
     "qwen3": (transformers.Qwen3Config, COMMON | {"head_dim": 20, "tie_word_embeddings": False}),
+    "mixtral": (transformers.MixtralConfig, COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral-window": (transformers.MixtralConfig, COMMON | {"num_local_experts": 6, "sliding_window": 7}),
+    "qwen3-moe": (transformers.Qwen3MoeConfig, COMMON | QWEN3_MOE | {"norm_topk_prob": True}),
+    "qwen3-moe-bias": (
+        transformers.Qwen3MoeConfig,
+        COMMON | QWEN3_MOE | {"attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "dots1": (transformers.Dots1Config, COMMON | DOTS1 | {"norm_topk_prob": True}),
+    "dots1-two-shared": (transformers.Dots1Config, COMMON | DOTS1 | {"n_shared_experts": 2}),
     "gpt2": (
         transformers.GPT2Config,
         {"vocab_size": 131, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128},
@@ -79,6 +97,9 @@ def randomized(case: str) -> Any:
         for name, parameter in model.named_parameters():
             # Norm weights and biases away from ones and zeros, or a forgotten one would go unnoticed.
             parameter.normal_(1.0 if "norm" in name or "ln_" in name else 0.0, 0.15)
+        for name, buffer in model.named_buffers():
+            if "bias" in name:
+                buffer.normal_(0.0, 0.15)
     return model
 
 
@@ -93,7 +114,7 @@ def measure(case: str, folder: Path, max_shard_bytes: int = 10**9) -> Parity:
     loaded = float((ours(tokens) - expected).abs().max())
 
     save_folder(
-        dict(ours.named_parameters()), ours.spec, folder / "ours",
+        dict(named_tensors(ours)), ours.spec, folder / "ours",
         dtype=torch.float32, bos_id=1, eos_id=2, max_shard_bytes=max_shard_bytes,
     )  # fmt: skip
     assert read_spec(folder / "ours") == ours.spec
@@ -113,7 +134,7 @@ def test_family_equals_transformers(case: str, tmp_path: Path) -> None:
     assert parity.generated
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt2"])
+@pytest.mark.parametrize("case", ["llama", "gpt2", "qwen3-moe"])
 def test_sharded_folders(case: str, tmp_path: Path) -> None:
     parity = measure(case, tmp_path, max_shard_bytes=40_000)
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1

@@ -24,7 +24,12 @@ OPTIONS: list[dict[str, Any]] = [
     {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
     {"qk_norm": True},
     {"window": 5},
-]
+    {"ffn": 0, "experts": 6, "experts_per_token": 2, "expert_ffn": 24, "router_renormalize": True},
+    {
+        "ffn": 0, "experts": 5, "experts_per_token": 3, "expert_ffn": 20, "shared_ffn": 20, "router": "sigmoid",
+        "router_bias": True,
+    },
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -166,3 +171,20 @@ def test_training_after_inference_mode(spec: TransformerSpec) -> None:
     with torch.inference_mode():
         model(tokens)
     model(tokens, tokens).backward()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_stretches_make_up_the_whole(spec: TransformerSpec, gpt2: TransformerSpec, tied: bool) -> None:
+    for shape in (replace(spec, tied=tied, layers=3), replace(gpt2, tied=tied, layers=3)):
+        whole = Transformer(shape)
+        whole.init_weights(seed=1)
+        stretches = [Transformer(shape, layers) for layers in (range(2), range(2, 2), range(2, 3))]
+        names = [name for stretch in stretches for name, _ in stretch.named_parameters()]
+        assert set(names) == {name for name, _ in whole.named_parameters()}
+        assert len(names) - len(set(names)) == tied  # embed.weight is in both ends
+        x = tokens = torch.randint(0, shape.vocab, (2, 8))
+        documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2]]).expand(2, -1)
+        for stretch in stretches:
+            stretch.init_weights(seed=1)
+            x = stretch(x, tokens, documents=documents)
+        assert torch.equal(x, whole(tokens, tokens, documents=documents))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from muster.config.load import load_resolved
 from muster.errors import ConfigError
+from muster.model.build import spec_from_config
 from muster.parallel.layout import Layout, resolve
 from tests.toy import tiny
 
@@ -17,7 +19,9 @@ def decide(
 ) -> Layout:
     run = tiny(layout=layout)
     run["train"] = {"tokens": 100_000, "batch_tokens": 4096} | train
-    return resolve(load_resolved(run), context=32, cores=cores, gpus=gpus, ranks=ranks)
+    resolved = load_resolved(run)
+    spec = spec_from_config(resolved.model, 256, Path())
+    return resolve(resolved, spec, cores=cores, gpus=gpus, ranks=ranks)
 
 
 def test_auto_is_one_rank_a_core_and_says_why() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def single(corpus: Path, run_ranks: Any, tmp_path_factory: pytest.TempPathFactor
     return run_ranks(1, train_here, tiny(layout={}), str(corpus), str(folder / "tiny"))[0]
 
 
-LAYOUTS = {
+AXES = ("replicate", "shard", "context", "tensor", "pipeline")
+LAYOUTS: dict[str, dict[str, Any]] = {
     "replicate 2": {"replicate": 2},
     "replicate 4": {"replicate": 4},
     **{f"zero {zero} on {n}": {"shard": n, "zero": zero} for zero in (1, 2, 3) for n in (2, 4)},
@@ -35,6 +37,25 @@ LAYOUTS = {
     "zero 3, accumulated, recomputed": {"shard": 2, "zero": 3, "microbatch": 2, "recompute": "full"},
     "replicate 2, accumulated": {"replicate": 2, "microbatch": 1},
     "recomputed": {"recompute": "full", "microbatch": 2},
+    "tensor 2": {"tensor": 2},
+    "tensor 4, kv heads shared": {"tensor": 4},
+    "tensor 2 without sequence": {"tensor": 2, "sequence_parallel": False},
+    "tensor 4 without sequence": {"tensor": 4, "sequence_parallel": False},
+    "tensor 2 x zero 3 on 2": {"tensor": 2, "shard": 2, "zero": 3},
+    "tensor 2 x replicate 2, accumulated": {"tensor": 2, "replicate": 2, "microbatch": 1},
+    **{f"pipeline 2, {kind}": {"pipeline": 2, "schedule": kind} for kind in ("gpipe", "1f1b")},
+    "pipeline 2 x shard 2": {"pipeline": 2, "shard": 2},
+    "pipeline 2 x tensor 2": {"pipeline": 2, "tensor": 2},
+    "pipeline 2 x replicate 2 x tensor 2": {"pipeline": 2, "replicate": 2, "tensor": 2},
+    **{
+        f"context {n}, {kind}": {"context": n, "context_kind": kind}
+        for n in (2, 4)
+        for kind in ("ring", "ulysses")
+    },
+    "context 2 x tensor 2": {"context": 2, "tensor": 2},
+    "context 2 x pipeline 2": {"context": 2, "pipeline": 2},
+    "context 2 x shard 2, zero 3": {"context": 2, "shard": 2, "zero": 3},
+    "tensor 2, selective": {"tensor": 2, "recompute": "selective"},
 }
 
 
@@ -43,8 +64,7 @@ def test_same_curve_as_one_rank(
     name: str, corpus: Path, single: list[dict[str, Any]], run_ranks: Any, tmp_path: Path
 ) -> None:
     layout = LAYOUTS[name]
-    ranks = layout.get("replicate", 1) * layout.get("shard", 1)
-    assert isinstance(ranks, int)
+    ranks = math.prod(int(layout.get(axis, 1)) for axis in AXES)
     metrics = run_ranks(ranks, train_here, tiny(layout=layout), str(corpus), str(tmp_path / "tiny"))[0]
     assert [record["step"] for record in metrics] == [record["step"] for record in single]
     compared = 0

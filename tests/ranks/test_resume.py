@@ -176,13 +176,13 @@ def train_poisoned(run: dict[str, Any], base: str, folder: str) -> None:
 
     from muster.train import gradients
 
-    honest, calls = gradients.global_norm, []
+    honest, calls = gradients.squared_norm, []
 
-    def global_norm(model: Any) -> float:
+    def squared_norm(named: Any) -> float:
         calls.append(1)
         if len(calls) == 3 and os.environ["RANK"] == "1":
-            dict(model.named_parameters())["layers.1.mlp.up.weight"].grad.to_local()[0, 0] = float("nan")
-        return honest(model)
+            dict(named)["layers.1.mlp.up.weight"].grad.to_local()[0, 0] = float("nan")
+        return honest(named)
 
-    gradients.global_norm = global_norm
+    gradients.squared_norm = squared_norm
     train_here(run, base, folder)

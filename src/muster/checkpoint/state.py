@@ -30,10 +30,13 @@ WEIGHTS = "weights."
 """Prefix of the names of model parameters in a checkpoint."""
 
 
-def write_shards(state: State, folder: Path, rank: int) -> None:
-    """Write the shards of `state` that this rank owns, and beside them their size and checksum."""
+def write_shards(state: State, folder: Path, rank: int, *, owns_whole: bool) -> None:
+    """Write the shards of `state` that this rank owns, and beside them their size and checksum.
+
+    `owns_whole`: whether it is the one to write tensors that are not divided.
+    """
     planner = DefaultSavePlanner(flatten_state_dict=False)
-    planner.set_up_planner({name: tensor for name, tensor in state.items() if _owns(tensor, rank)})
+    planner.set_up_planner({name: tensor for name, tensor in state.items() if _owns(tensor, owns_whole)})
     tensors: dict[str, Tensor] = {}
     offsets: dict[str, dict[str, list[int]]] = {}
     for item in planner.create_local_plan().items:
@@ -78,10 +81,10 @@ def read_shards(state: State, folder: Path) -> None:
         raise CheckpointError(f"{folder} does not hold the state of this model: {error}") from error
 
 
-def _owns(tensor: Tensor, rank: int) -> bool:
+def _owns(tensor: Tensor, owns_whole: bool) -> bool:
     """Of copies, the first writes: a DTensor's owner is first on every axis that replicates it."""
     if not isinstance(tensor, DTensor):
-        return rank == 0
+        return owns_whole
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None
     return all(

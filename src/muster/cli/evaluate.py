@@ -65,7 +65,7 @@ def evaluate(path: Path, *files: str, json_: bool = False, tasks: str | None = N
         batches = EvaluationBatches(streams, tokenizer, sequence, max(_BATCH_TOKENS // sequence, 1))
         device = torch.device("cpu")
         figures = evaluation.evaluate(
-            lambda batch: summed_loss(model, batch, device, mask_documents=masked),
+            lambda some: summed_loss(model, some[0], device, mask_documents=masked),
             batches,
             World(0, 1, device),
         )

@@ -31,6 +31,7 @@ def export(run_folder: Path, *, to: Literal["hf"] = "hf", out: Path | None = Non
 
     from muster.export.hf import export_hf
     from muster.export.trained import load_trained
+    from muster.model.transformer import named_tensors
 
     trained = load_trained(run_folder)
     for sentence in trained.damaged:
@@ -40,7 +41,7 @@ def export(run_folder: Path, *, to: Literal["hf"] = "hf", out: Path | None = Non
     probe = torch.randint(spec.vocab, (_PROBE_ROWS, min(_PROBE_TOKENS, spec.context)), generator=generator)
     target = out or run_folder / to
     report = export_hf(
-        dict(trained.model.named_parameters()),
+        dict(named_tensors(trained.model)),
         spec,
         trained.tokenizer,
         target,

@@ -13,7 +13,6 @@ from muster.config.schema import BRANCHES, Run
 
 _LATER: dict[KeyPath, frozenset[str]] = {
     (): frozenset({"distill", "quantize", "faults", "swarm", "plan", "observe", "launch"}),
-    ("layout",): frozenset({"tensor", "pipeline", "context", "expert", "schedule"}),
     ("checkpoint",): frozenset({"async", "replicas"}),
     ("export",): frozenset({"to"}),
     ("serve",): frozenset({"queue_tokens", "keys"}),

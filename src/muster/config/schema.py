@@ -28,7 +28,11 @@ BRANCHES = frozenset({"<section>", "<word>", "<list>", "<text>"})
 Number = Annotated[float, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "qwen3_moe", "dots1"]
+SPARSE = ("mixtral", "qwen3_moe", "dots1")
+"""Families in which every layer has experts."""
+EXPERT_SIZES = ("experts", "experts_per_token", "expert_ffn", "shared_ffn")
+"""What is said of experts only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -36,7 +40,7 @@ class Model:
     """What is trained: a new model (`family` and sizes, or a `preset`), or an existing one (`from`)."""
 
     family: Family | None = None
-    """Architecture of a new model: llama, mistral, qwen2, qwen3 or gpt2."""
+    """Architecture of a new model: llama, mistral, qwen2, qwen3 or gpt2; with experts mixtral, qwen3_moe or dots1."""
     preset: str | None = None
     """A published size by name, e.g. llama-3-8b; sizes written beside it override the preset's."""
     from_: Annotated[str | None, Field(alias="from")] = None
@@ -51,6 +55,14 @@ class Model:
     """Key/value heads K (grouped-query attention); must divide `heads`. Default: `heads`."""
     ffn: Positive | None = None
     """Hidden width F of the feed-forward block. Default: 8/3 x width, rounded up to 64 (gpt2: 4 x width)."""
+    experts: Positive | None = None
+    """Experts X of a layer (mixtral, qwen3_moe, dots1)."""
+    experts_per_token: Positive | None = None
+    """Experts that each token is sent to."""
+    expert_ffn: Positive | None = None
+    """Hidden width of one expert. Default: a dense block's over `experts_per_token`, rounded up to 64."""
+    shared_ffn: Positive | None = None
+    """Hidden width of the experts that see every token (dots1); a multiple of `expert_ffn`. Default: `expert_ffn`."""
     context: Positive | None = None
     """Longest sequence, in tokens."""
     tied: Flag | None = None
@@ -58,7 +70,7 @@ class Model:
     rope_theta: Annotated[Number, Field(gt=0)] | None = None
     """Base of the rotary position frequencies. Default: the family's."""
     window: Positive | None = None
-    """Sliding attention window in tokens (mistral). Default: none."""
+    """Sliding attention window in tokens (mistral, mixtral). Default: none."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:
@@ -67,13 +79,23 @@ class Model:
             said = " and ".join(name.rstrip("_") for name in origins) or "none of them"
             raise ValueError(f"needs exactly one of family, preset or from, but has {said}")
         if self.family is not None:
-            missing = [
-                name for name in ("layers", "width", "heads", "context") if getattr(self, name) is None
-            ]
+            needed = ["layers", "width", "heads", "context"]
+            needed += ["experts", "experts_per_token"] if self.family in SPARSE else []
+            missing = [name for name in needed if getattr(self, name) is None]
             if missing:
                 raise ValueError(f"a new {self.family} model also needs {', '.join(missing)}")
         if self.from_ is not None:
-            sizes = ("layers", "width", "heads", "kv_heads", "ffn", "tied", "rope_theta", "window")
+            sizes = (
+                "layers",
+                "width",
+                "heads",
+                "kv_heads",
+                "ffn",
+                "tied",
+                "rope_theta",
+                "window",
+                *EXPERT_SIZES,
+            )
             said_sizes = [name for name in sizes if getattr(self, name) is not None]
             if said_sizes:
                 raise ValueError(f"'from' fixes the sizes, so {', '.join(said_sizes)} cannot be set")
@@ -151,20 +173,32 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class Optimizer:
-    """AdamW (Loshchilov & Hutter 2019); weight decay applies to matrices only."""
+    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the matrices of the blocks."""
 
-    kind: Literal["adamw"] = "adamw"
-    """adamw."""
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw or muon. Under muon the embedding, the head, norms, biases and routers stay with AdamW; its
+    updates are scaled to AdamW's size, so a rate and a decay found for one serve the other."""
     lr: Annotated[Number, Field(gt=0)] = 3e-4
     """Peak learning rate."""
     betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """Decay of the first and second moment."""
+    """Decay of the first and second moment of AdamW."""
+    momentum: Annotated[Number, Field(ge=0, lt=1)] | None = None
+    """Decay of the momentum of muon. Default: 0.95."""
     eps: Annotated[Number, Field(gt=0)] = 1e-8
     """Added to the denominator."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.1
     """Decoupled weight decay of matrices."""
     clip: Annotated[Number, Field(gt=0)] | None = 1.0
     """Largest global gradient norm; null for no clipping."""
+
+    @model_validator(mode="after")
+    def _momentum_is_muons(self) -> Optimizer:
+        if self.kind != "muon" and self.momentum is not None:
+            raise ValueError(
+                f"momentum ({self.momentum:g}) is muon's, and {self.kind} has betas instead: remove it, "
+                f"or write kind: muon"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -190,6 +224,19 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Balance:
+    """How the load of the experts is kept even, in a model that has them."""
+
+    kind: Literal["aux_loss", "bias"] | None = None
+    """aux_loss: a loss on the router; bias: a bias on the choice of experts and no loss (dots1).
+    Default: bias for dots1, else aux_loss."""
+    coefficient: Annotated[Number, Field(ge=0)] | None = None
+    """Weight of aux_loss for each token and layer; 0 for none. Default: 0.001."""
+    rate: Annotated[Number, Field(gt=0)] | None = None
+    """Change of each expert's bias by one step. Default: 0.001."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class Train:
     """How long, how large a batch, and with which optimizer."""
 
@@ -201,6 +248,7 @@ class Train:
     """Tokens of one sample. Default: the model's context."""
     optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
+    balance: Balance = Field(default_factory=Balance)
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: bf16 compute with fp32 master weights and optimizer state; fp32: everything in fp32."""
     eval_every: Interval | None = None
@@ -221,7 +269,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class Layout:
-    """How the model and the batch are spread over ranks; their number is replicate x shard."""
+    """How the model and the batch are spread over ranks: replicate x shard x context x tensor x pipeline of them."""
 
     replicate: Positive = 1
     """Ranks that hold whole copies (data parallel)."""
@@ -230,15 +278,48 @@ class Layout:
     zero: Literal[0, 1, 2, 3] | None = None
     """What the shard axis divides: 1 optimizer state, 2 also gradients, 3 also parameters (FSDP).
     Default: 0 when shard is 1, else 1."""
-    recompute: Literal["none", "full"] = "none"
-    """full: recompute each block's activations in the backward pass instead of keeping them."""
+    tensor: Positive = 1
+    """Ranks over which every matrix is divided (Megatron's tensor parallelism)."""
+    sequence_parallel: Flag = True
+    """Under tensor parallelism, divide what lies between the matrices (norms, residuals) by tokens."""
+    context: Positive = 1
+    """Ranks over which the tokens of each sequence are divided."""
+    context_kind: Literal["ring", "ulysses"] | None = None
+    """ring: keys and values travel; ulysses: heads are exchanged for tokens. Default: chosen, with its reason."""
+    expert: Positive = 1
+    """Ranks over which a layer's experts are divided; taken out of shard x context."""
+    pipeline: Positive = 1
+    """Ranks over which the layers are divided."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "interleaved-zero-bubble", "zbv", "dualpipev"] = "1f1b"
+    """Order of the pipeline's forward and backward passes."""
+    virtual: Positive | None = None
+    """Stages of one pipeline rank. Default: 2 for interleaved, interleaved-zero-bubble, zbv and dualpipev, else 1."""
+    split: list[Positive] | None = None
+    """Layers of each pipeline stage. Default: balanced by cost, embedding and head counted."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping: nothing, attention, or whole blocks."""
     microbatch: Positive | None = None
     """Sequences of one forward pass on one rank. Default: chosen, and printed with its reason."""
+    offload: Literal["none", "cpu", "disk"] = "none"
+    """cpu: parameters, gradients and optimizer state stay in the host's memory, where the optimizer then
+    runs; disk: as cpu, and AdamW's moments in a file of the run's folder, read and written block by block."""
 
     @model_validator(mode="after")
-    def _zero_fits(self) -> Layout:
+    def _fits(self) -> Layout:
         if self.zero == 0 and self.shard > 1:
             raise ValueError(f"zero: 0 shards nothing, so write replicate: {self.shard} instead of shard")
+        if self.pipeline > 1 and self.zero in (2, 3):
+            raise ValueError(
+                f"zero: {self.zero} would gather or reduce for each of a pipeline's microbatches: use zero: 1"
+            )
+        if self.pipeline == 1 and (self.split is not None or self.virtual is not None):
+            raise ValueError(
+                "split and virtual divide a pipeline's layers: set pipeline to 2 or more, or leave them out"
+            )
+        if self.context == 1 and self.context_kind is not None:
+            raise ValueError(
+                "context_kind says how sequences are divided: set context to 2 or more, or leave it out"
+            )
         return self
 
 
@@ -297,12 +378,22 @@ class Run:
     layout: Annotated[
         Annotated[Layout, Tag("<section>")] | Annotated[Literal["auto"], Tag("<word>")], _SectionOrWord
     ] = "auto"
-    """auto, or the degrees: {shard: 2, zero: 3, recompute: full, microbatch: 4}."""
+    """auto, or the degrees: {shard: 2, tensor: 2, zero: 3, recompute: full, microbatch: 4}."""
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     export: Export = Field(default_factory=Export)
     serve: Serve = Field(default_factory=Serve)
     track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     """Also send metrics there (needs the 'track' extra)."""
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> Run:
+        kind = self.train.optimizer.kind
+        if not isinstance(self.layout, str) and self.layout.offload == "disk" and kind != "adamw":
+            raise ValueError(
+                f"layout.offload: disk streams AdamW's two moments, but train.optimizer.kind is {kind}, which "
+                f"keeps one: write offload: cpu, or kind: adamw"
+            )
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved run as plain data, defaults included; `load` reads it back to an equal run."""

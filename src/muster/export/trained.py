@@ -14,7 +14,7 @@ from muster.checkpoint.state import WEIGHTS, read_shards
 from muster.data.tokenizer import Tokenizer
 from muster.errors import CheckpointError
 from muster.model.spec import RopeScaling, TransformerSpec
-from muster.model.transformer import Transformer
+from muster.model.transformer import Transformer, named_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def load_trained(run_folder: Path) -> Trained:
     with torch.device("meta"):
         model = Transformer(_spec(content.model))
     model = model.to_empty(device="cpu").eval()
-    read_shards({WEIGHTS + name: parameter.data for name, parameter in model.named_parameters()}, checkpoint)
+    read_shards({WEIGHTS + name: tensor.data for name, tensor in named_tensors(model)}, checkpoint)
     return Trained(model, Tokenizer.from_file(run_folder / "tokenizer"), checkpoint, content, damaged)
 
 

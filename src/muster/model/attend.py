@@ -10,6 +10,8 @@ Measured on one Zen 4 core at T = 512, D = 64, forward and backward: bf16 18.5 m
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,14 @@ from torch import Tensor
 from muster.model.blocked import BlockedAttention
 
 _BLOCKED_MAX_TOKENS = 2048
+
+
+class Attend(Protocol):
+    """What a block calls for its causal self-attention: `attend`, or one that works across ranks."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None = None, window: int | None = None
+    ) -> Tensor: ...
 
 
 def attend(

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from muster.errors import UsageError
-from muster.model.families import FAMILIES, Foreign, config_of, spec_of
+from muster.model.families import FAMILIES, config_of, spec_of
+from muster.model.hf_tensors import Foreign
 from muster.model.spec import TransformerSpec
 from muster.model.staging import staged
 from muster.model.transformer import Transformer, Value, materialize
@@ -38,7 +39,7 @@ def read_spec(folder: Path) -> TransformerSpec:
 
 
 def open_weights(folder: Path) -> Value:
-    """Reads parameters of the model in `folder` one at a time, by our names, in fp32.
+    """Reads tensors of the model in `folder` one at a time, by our names, in fp32.
 
     Missing, surplus and misshapen tensors are UsageErrors that name them; the first two come at once.
     """
@@ -48,14 +49,18 @@ def open_weights(folder: Path) -> Value:
     stored = _stored_names(folder, files, spec)
 
     def value(name: str, shape: torch.Size) -> Tensor:
-        source = stored[foreign[name].name]
-        tensor = _import(_read(files[source], source), foreign[name])
-        if tensor.shape != shape:
-            raise UsageError(
-                f"{files[source]}: '{source}' gives {name} the shape {tuple(tensor.shape)}, but config.json "
-                f"asks for {tuple(shape)}: they do not belong together"
-            )
-        return tensor.float()
+        whole = torch.empty(shape)
+        parts = whole.unbind() if foreign[name].stacked else [whole]
+        for part, theirs in zip(parts, foreign[name].names, strict=True):
+            source = stored[theirs]
+            tensor = _import(_read(files[source], source), foreign[name])
+            if tensor.shape != part.shape:
+                raise UsageError(
+                    f"{files[source]}: '{source}' gives {name} the shape {tuple(tensor.shape)}, but config.json "
+                    f"asks for {tuple(part.shape)}: they do not belong together"
+                )
+            part.copy_(tensor)
+        return whole
 
     return value
 
@@ -110,33 +115,39 @@ def write_files(
             f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)
         ]
         weight_map = {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group}
-        total_bytes = sum(
-            weights[ours].numel() for group in groups for sources in group.values() for ours in sources
-        )
-        metadata = {"total_size": total_bytes * dtype.itemsize}
-        _write_json(folder / _INDEX, {"metadata": metadata, "weight_map": weight_map})
+        total_bytes = sum(_numel(pieces) for group in groups for pieces in group.values()) * dtype.itemsize
+        _write_json(folder / _INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
     for name, group in zip(names, groups, strict=True):
-        tensors = {theirs: _export(sources, weights, dtype) for theirs, sources in group.items()}
-        _save(tensors, folder / name)
+        _save({theirs: _export(pieces, dtype) for theirs, pieces in group.items()}, folder / name)
+
+
+Pieces = list[tuple[Foreign, Tensor]]
+"""What one of their tensors is made of: views of ours."""
 
 
 def _shards(
     weights: Mapping[str, Tensor], spec: TransformerSpec, dtype: torch.dtype, max_bytes: int
-) -> Iterator[dict[str, dict[str, Foreign]]]:
-    """Their tensors, with our parameters that make each up, in groups that fit one file."""
-    merged: dict[str, dict[str, Foreign]] = {}
+) -> Iterator[dict[str, Pieces]]:
+    """Their tensors in groups that fit one file."""
+    merged: dict[str, Pieces] = {}
     for ours, source in FAMILIES[spec.family].tensors(spec).items():
-        merged.setdefault(source.name, {})[ours] = source
-    group: dict[str, dict[str, Foreign]] = {}
+        weight = weights[ours].detach()
+        for theirs, piece in zip(source.names, weight if source.stacked else [weight], strict=True):
+            merged.setdefault(theirs, []).append((source, piece))
+    group: dict[str, Pieces] = {}
     group_bytes = 0
-    for theirs, sources in merged.items():
-        size = sum(weights[ours].numel() for ours in sources) * dtype.itemsize
+    for theirs, pieces in merged.items():
+        size = _numel(pieces) * dtype.itemsize
         if group and group_bytes + size > max_bytes:
             yield group
             group, group_bytes = {}, 0
-        group[theirs] = sources
+        group[theirs] = pieces
         group_bytes += size
     yield group
+
+
+def _numel(pieces: Pieces) -> int:
+    return sum(piece.numel() for _, piece in pieces)
 
 
 def _import(tensor: Tensor, source: Foreign) -> Tensor:
@@ -148,18 +159,17 @@ def _import(tensor: Tensor, source: Foreign) -> Tensor:
     return tensor.chunk(parts, dim=0)[index] if len(tensor) % parts == 0 else tensor
 
 
-def _export(sources: Mapping[str, Foreign], weights: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    ordered = sorted(sources, key=lambda ours: sources[ours].part)
-    tensor = torch.cat([weights[ours].detach().cpu().to(dtype) for ours in ordered], dim=0)
-    transposed = next(iter(sources.values())).transposed
-    return (tensor.t() if transposed else tensor).contiguous()
+def _export(pieces: Pieces, dtype: torch.dtype) -> Tensor:
+    ordered = sorted(pieces, key=lambda piece: piece[0].part)
+    tensor = torch.cat([piece.cpu().to(dtype) for _, piece in ordered], dim=0)
+    return (tensor.t() if ordered[0][0].transposed else tensor).contiguous()
 
 
 def _stored_names(folder: Path, files: Mapping[str, Path], spec: TransformerSpec) -> dict[str, str]:
     """What each tensor that the model needs is called in these files; refuses any other set of tensors."""
     family = FAMILIES[spec.family]
     foreign = family.tensors(spec)
-    needed = {source.name for source in foreign.values()}
+    needed = {name for source in foreign.values() for name in source.names}
     found = {name: name if name in files else name.removeprefix(family.optional_prefix) for name in needed}
     missing = sorted(name for name in needed if found[name] not in files)
     if missing:

@@ -8,10 +8,14 @@ enough to stay in the processor's cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Summed cross entropy (fp32 scalar) of hidden (N, E), weight (V, E) and targets (N,)."""
 
 IGNORED = -100
 """Target of a position that is not scored."""

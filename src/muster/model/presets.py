@@ -39,6 +39,24 @@ def _qwen3(layers: int, width: int, heads: int, ffn: int, tied: bool) -> Transfo
     )  # fmt: skip
 
 
+def _mixtral(
+    layers: int, width: int, heads: int, kv_heads: int, expert_ffn: int, **rest: object
+) -> TransformerSpec:
+    return _llama(
+        layers, width, heads, kv_heads, 0, family="mixtral", experts=8, experts_per_token=2, expert_ffn=expert_ffn,
+        router_renormalize=True, rope_theta=1e6, **rest,
+    )  # fmt: skip
+
+
+def _qwen3_moe(
+    layers: int, width: int, heads: int, kv_heads: int, experts: int, expert_ffn: int
+) -> TransformerSpec:
+    return replace(
+        _qwen3(layers, width, heads, 0, tied=False), family="qwen3_moe", kv_heads=kv_heads, experts=experts,
+        experts_per_token=8, expert_ffn=expert_ffn, router_renormalize=True,
+    )  # fmt: skip
+
+
 def _gpt2(layers: int, width: int, heads: int) -> TransformerSpec:
     return _llama(
         layers, width, heads, heads, 4 * width, family="gpt2", vocab=50_257, context=1024, tied=True,
@@ -55,10 +73,12 @@ PRESETS: dict[str, TransformerSpec] = {
     "llama-3.2-1b": _llama3(16, 2048, 32, 8192, context=131_072, rope_scaling=_LLAMA32, tied=True),
     "llama-3.2-3b": _llama3(28, 3072, 24, 8192, context=131_072, rope_scaling=_LLAMA32, tied=True),
     "mistral-7b": _llama(32, 4096, 32, 8, 14_336, family="mistral", context=32_768, window=4096),
+    "mixtral-8x7b": _mixtral(32, 4096, 32, 8, 14_336, context=32_768),
     "qwen2.5-0.5b": _qwen2(24, 896, 14, 2, 4864, 151_936, tied=True),
     "qwen2.5-7b": _qwen2(28, 3584, 28, 4, 18_944, 152_064, tied=False),
     "qwen3-0.6b": _qwen3(28, 1024, 16, 3072, tied=True),
     "qwen3-8b": _qwen3(36, 4096, 32, 12_288, tied=False),
+    "qwen3-30b-a3b": _qwen3_moe(48, 2048, 32, 4, 128, 768),
     "gpt2": _gpt2(12, 768, 12),
     "gpt2-medium": _gpt2(24, 1024, 16),
     "gpt2-large": _gpt2(36, 1280, 20),

@@ -47,6 +47,19 @@ class TransformerSpec:
     qk_norm: bool = False
     window: int | None = None
     """Sliding attention window in tokens: a query sees itself and the window - 1 tokens before it."""
+    experts: int = 0
+    """Experts X of every layer, in place of its dense feed-forward block (`ffn` is 0 then); 0 for none."""
+    experts_per_token: int = 0
+    expert_ffn: int = 0
+    """Hidden width F of one expert."""
+    shared_ffn: int = 0
+    """Hidden width of the experts that see every token, all together; 0 for none."""
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes scores of the router's logits: softmax over the experts, or sigmoid of each."""
+    router_renormalize: bool = False
+    """The chosen experts' scores are divided by their sum."""
+    router_bias: bool = False
+    """The choice (not the weight) of an expert adds a bias that balances the load without a loss."""
 
     @property
     def embedding_parameters(self) -> int:
@@ -62,7 +75,8 @@ class TransformerSpec:
             (q + 2 * kv) * self.qkv_bias + self.width * self.out_bias + 2 * self.head_dim * self.qk_norm
         )
         matrices = 3 if self.mlp == "swiglu" else 2
-        mlp = matrices * self.width * self.ffn + ((matrices - 1) * self.ffn + self.width) * self.mlp_bias
+        mlp = matrices * self.width * (self.ffn + self.experts * self.expert_ffn + self.shared_ffn)
+        mlp += ((matrices - 1) * self.ffn + self.width) * self.mlp_bias + self.experts * self.width
         norm = self.width * (2 if self.norm == "layer" else 1)
         table = self.vocab * self.width
         learned = self.context * self.width if self.positions == "learned" else 0
@@ -71,8 +85,10 @@ class TransformerSpec:
     def flops_per_token(self, sequence: int) -> float:
         """Floating-point operations of training on one token: 6 for each multiplied parameter, and causal
         attention's 6 L T H D (forward and backward, the masked half not counted; Chowdhery et al. 2022).
+        Of the experts only those that a token is sent to count.
         """
-        multiplied = self.parameters() - self.embedding_parameters
+        idle = self.layers * (self.experts - self.experts_per_token) * 3 * self.width * self.expert_ffn
+        multiplied = self.parameters() - self.embedding_parameters - idle
         window = min(self.window or sequence, sequence)
         # Twice the keys that a query sees on average: T without a window, almost 2 W under a short one.
         keys = window * (2 - window / sequence)

@@ -23,6 +23,7 @@ _FIGURES: dict[str, Callable[[float], str]] = {
     "held_out_loss": "held-out loss {:.4f}".format,
     "held_out_bits_per_byte": "{:.4f} bits per byte".format,
     "tokens_per_s": lambda rate: f"{count(rate)} tok/s",
+    "expert_imbalance": "busiest expert {:.2f}x".format,
     "mfu": "MFU {:.0%}".format,
     "memory_bytes": size,
     "eta_s": lambda seconds: f"eta {duration(seconds)}",

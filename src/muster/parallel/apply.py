@@ -1,4 +1,5 @@
-"""Applies a layout to a plain model, in one place and one order: recompute -> shard -> fill.
+"""Applies a layout to a plain model, in one place and one order:
+expert -> tensor -> context -> recompute -> shard -> fill.
 
 The model arrives on the meta device; only each rank's shards are ever allocated, and they
 are filled one parameter at a time, so that no rank holds the whole model.
@@ -7,65 +8,62 @@ are filled one parameter at a time, so that no rank holds the whole model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.tensor import DTensor
 
-from muster.parallel import data
-from muster.parallel.layout import Layout
+from muster.model.moe import MoE
+from muster.model.transformer import Transformer, named_tensors
+from muster.parallel import data, expert, offload, recompute, tensor
+from muster.parallel.mesh import Group, Mesh
+from muster.parallel.ring import Ring
+from muster.parallel.ulysses import Ulysses
 
 Value = Callable[[str, torch.Size], Tensor]
 """The whole value of a parameter, by name and shape."""
 
 
-def apply(
-    model: nn.Module,
-    blocks: list[nn.Module],
-    layout: Layout,
-    mesh: DeviceMesh,
-    *,
-    compute: torch.dtype,
-    value: Value,
-) -> None:
-    """Distribute `model` (on meta) in place over `mesh` and fill its parameters from `value`.
-
-    `blocks` are the units of recomputation and of gathering, in forward order.
-    """
-    if layout.recompute == "full":
-        for block in blocks:
-            _recompute(block)
-    data.shard(blocks, model, mesh, layout, compute)
-    model.to_empty(device=mesh.device_type)
+def apply(model: Transformer, mesh: Mesh, *, compute: torch.dtype, value: Value) -> None:
+    """Distribute `model` (on meta) in place over `mesh` and fill its parameters from `value`."""
+    layout = mesh.layout
+    if layout.expert > 1:
+        expert.divide(model, mesh.expert())
+    if layout.tensor > 1:
+        tensor.divide(model, mesh.tensor(), sequence=layout.sequence_parallel)
+    if layout.context > 1:
+        _attend_across(model, mesh.groups["context"], layout.context_kind)
+    recompute.apply(model, layout.recompute)
+    data.shard(model, mesh, compute)
+    model.to_empty(device=offload.home(layout.offload, mesh.device.type))
     fill(model, value)
+
+
+def _attend_across(model: Transformer, group: Group, kind: str) -> None:
+    """Have a model's blocks work on sequences whose tokens are split over the ranks of `group`."""
+
+    def total(counts: Tensor) -> Tensor:
+        dist.all_reduce(counts := counts.clone(), group=group)
+        return counts
+
+    for block in model.blocks:
+        block.attention.attend = Ring(group) if kind == "ring" else Ulysses(group)
+        if isinstance(block.mlp, MoE):
+            block.mlp.sum_over_sequence = total
 
 
 @torch.no_grad()
 def fill(model: nn.Module, value: Value) -> None:
-    """Set every parameter from its whole value; each rank keeps its shard."""
-    for name, parameter in model.named_parameters():
-        whole = value(name, parameter.shape)
-        if isinstance(parameter, DTensor):
-            whole = whole.to(parameter.device)
-            # Every rank makes the same values, so nothing needs to be sent.
-            parameter.copy_(
-                distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    """Set every parameter and buffer from its whole value; each rank keeps its shard."""
+    for name, own in named_tensors(model):
+        whole = value(name, own.shape)
+        if not isinstance(own, DTensor):
+            own.copy_(whole)
+            continue
+        # Every rank makes the same values, so nothing needs to be sent.
+        for chunk in own.__create_chunk_list__():  # type: ignore[no-untyped-call]
+            part = tuple(
+                slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
             )
-        else:
-            parameter.copy_(whole)
-
-
-def _recompute(block: nn.Module) -> None:
-    """Activation recomputation (Chen et al. 2016): keep a block's input only, run it again in backward."""
-    forward = block.forward
-
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        # The model draws no random numbers inside a block, so there is no RNG state to restore.
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    block.forward = recomputed
+            own.to_local().copy_(whole[part])

@@ -1,6 +1,6 @@
 """Data parallelism and ZeRO (Rajbhandari et al. 2020) on torch's FSDP2, one code path for every stage.
 
-The mesh has two axes, replicate and shard. What a stage divides follows from when FSDP2
+Over the axes replicate and shard (which context joins). What a stage divides follows from when FSDP2
 gathers and reduces:
 
     stage  over      parameters between uses        gradients are reduced
@@ -16,45 +16,41 @@ copies that FSDP2 gathers are bf16 under `precision: bf16`.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from muster.model.moe import MoE
+from muster.model.transformer import Transformer
+from muster.parallel import offload
 from muster.parallel.layout import Layout
+from muster.parallel.mesh import Mesh
 
 
-def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
-    """The data axes: (shard,), or (replicate, shard) where there are copies."""
-    if layout.replicate == 1:
-        return init_device_mesh(device.type, (layout.shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(
-        device.type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard")
-    )
-
-
-def shard(
-    blocks: list[nn.Module], model: nn.Module, mesh: DeviceMesh, layout: Layout, compute: torch.dtype
-) -> None:
+def shard(model: Transformer, mesh: Mesh, compute: torch.dtype) -> None:
     """Apply FSDP2 to each block and then to the rest of the model (embedding, last norm and head together)."""
+    layout = mesh.layout
     # Gradients are summed over ranks and microbatches in fp32; where there is nothing to sum, that would only copy.
-    alone = layout.world == layout.accumulate == 1
+    alone = layout.averaged == layout.accumulate == 1
     policy = MixedPrecisionPolicy(
         param_dtype=compute if compute != torch.float32 else None,
         reduce_dtype=None if alone else torch.float32,
         cast_forward_inputs=False,
     )
-    for module in blocks:
-        fully_shard(module, mesh=mesh, reshard_after_forward=layout.zero == 3, mp_policy=policy)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-
-
-def sum_over_ranks(loss: Tensor, layout: Layout) -> Tensor:
-    """Scale a rank's loss so that FSDP2, which averages gradients over the ranks, sums them instead.
-
-    (Asking it for a divide factor of 1 costs two more passes over the gradients where a rank is alone on its
-    shard axis, and an operation that gloo lacks elsewhere.)
-    """
-    return loss * layout.world
+    data = mesh.dense_data()
+    homes = offload.policy(layout.offload)
+    deep = layout.zero == 3
+    for block in model.blocks:
+        if layout.expert > 1 and isinstance(block.mlp, MoE):
+            # Each expert rank has other experts, so fewer ranks share them.
+            fully_shard(
+                block.mlp.experts,
+                mesh=mesh.expert_data(),
+                reshard_after_forward=deep,
+                mp_policy=policy,
+                offload_policy=homes,
+            )
+        fully_shard(block, mesh=data, reshard_after_forward=deep, mp_policy=policy, offload_policy=homes)
+    fully_shard(model, mesh=data, reshard_after_forward=False, mp_policy=policy, offload_policy=homes)
 
 
 def begin_microbatch(model: nn.Module, layout: Layout, *, is_last: bool) -> None:

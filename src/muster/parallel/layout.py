@@ -1,43 +1,84 @@
-"""From `layout:` in the run file to degrees that fit the batch and the machine; pure, and explained.
+"""From `layout:` in the run file to degrees that fit the model, the batch and the machine; pure, and explained.
 
-Everything is decided before a rank is started: a layout that does not divide the batch
-is refused here, with the nearest legal values. Knows no torch.
+Everything is decided before a rank is started: a layout that cannot work is refused here, all of its
+problems at once, with the nearest legal values. Knows no torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from muster.config import schema
 from muster.errors import ConfigError
+from muster.model.spec import TransformerSpec
+from muster.parallel import context
+from muster.parallel.schedules import SCHEDULES, schedule_problems
+from muster.parallel.stages import split_problems
 
 _CPU_MICROBATCH_TOKENS = 2048
 _GPU_MICROBATCH_TOKENS = 16384
+_PIPELINE_MICROBATCHES = 4
+"""Microbatches for each pipeline rank that an automatic choice aims at: the bubble is then about a fifth."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Resolved degrees: world size is replicate x shard, and every rank gets the same number of sequences."""
+    """Resolved degrees; the world is their product, and each part of the batch has the same number of sequences."""
 
     replicate: int
     shard: int
     zero: Literal[0, 1, 2, 3]
-    recompute: Literal["none", "full"]
+    tensor: int = 1
+    sequence_parallel: bool = True
+    context: int = 1
+    context_kind: Literal["ring", "ulysses"] = "ring"
+    expert: int = 1
+    pipeline: int = 1
+    schedule: str = "1f1b"
+    virtual: int = 1
+    split: tuple[int, ...] | None = None
+    recompute: Literal["none", "selective", "full"]
     microbatch: int
     """Sequences of one forward pass on one rank."""
     accumulate: int
     """Forward passes of one rank in one step."""
+    offload: Literal["none", "cpu", "disk"] = "none"
     reason: str
     """Why these values, in a few words, for the run's log."""
 
     @property
     def world(self) -> int:
+        return self.data * self.context * self.tensor * self.pipeline
+
+    @property
+    def data(self) -> int:
+        """Parts that the global batch is divided into."""
         return self.replicate * self.shard
+
+    @property
+    def averaged(self) -> int:
+        """Ranks whose gradients FSDP2 averages: those that hold the same parameters."""
+        return self.data * self.context
 
     def __str__(self) -> str:
         axes = f"replicate {self.replicate} x shard {self.shard}"
-        return f"{axes}, zero {self.zero}, recompute {self.recompute}, microbatch {self.microbatch} x {self.accumulate}"
+        for axis in ("context", "tensor", "pipeline"):
+            if getattr(self, axis) > 1:
+                axes += f" x {axis} {getattr(self, axis)}"
+        words = [axes, f"zero {self.zero}"]
+        if self.expert > 1:
+            words.append(f"expert {self.expert}")
+        if self.context > 1:
+            words.append(self.context_kind)
+        if self.pipeline > 1:
+            words.append(self.schedule)
+        words.append(f"recompute {self.recompute}")
+        if self.offload != "none":
+            words.append(f"offload {self.offload}")
+        words += [f"microbatch {self.microbatch} x {self.accumulate}"]
+        return ", ".join(words)
 
 
 def sequences_per_batch(train: schema.Train, context: int) -> int:
@@ -61,60 +102,165 @@ def sequences_per_batch(train: schema.Train, context: int) -> int:
     return train.batch_tokens // sequence
 
 
-def resolve(run: schema.Run, *, context: int, cores: int, gpus: int, ranks: int | None = None) -> Layout:
-    """Resolve `layout:` for a machine with `cores` physical cores and `gpus` GPUs.
+def resolve(
+    run: schema.Run, spec: TransformerSpec, *, cores: int, gpus: int, ranks: int | None = None
+) -> Layout:
+    """Resolve `layout:` for a model on a machine with `cores` physical cores and `gpus` GPUs.
 
     `ranks` is the world size where somebody else has already started the ranks (`torchrun`).
     """
-    sequences = sequences_per_batch(run.train, context)
+    sequences = sequences_per_batch(run.train, spec.context)
+    sequence = run.train.sequence or spec.context
     said = run.layout
     if isinstance(said, str):
         world, why = _auto_world(sequences, cores=cores, gpus=gpus, ranks=ranks)
         said = schema.Layout(replicate=world)
     else:
-        world, why = said.replicate * said.shard, "as written in the run file"
-        if ranks is not None and ranks != world:
-            raise ConfigError(
-                [
-                    f"layout: replicate {said.replicate} x shard {said.shard} needs {world} ranks, but {ranks} were "
-                    f"started; start {world}, or write layout: auto"
-                ]
-            )
-    sequence = run.train.sequence or context
-    if sequences % world:
-        legal = [n for n in range(1, sequences + 1) if sequences % n == 0]
-        raise ConfigError(
-            [
-                f"layout: {world} ranks do not divide the batch of {sequences} sequences; use "
-                f"{_nearest(world, legal)} ranks, or train.batch_tokens={_round_up(sequences, world) * sequence}"
-            ]
-        )
-    per_rank = sequences // world
-    if said.microbatch is not None and per_rank % said.microbatch:
-        legal = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
-        raise ConfigError(
-            [
-                f"layout.microbatch: {said.microbatch} does not divide the {per_rank} sequences of a rank: "
-                f"nearest legal values are {_nearest(said.microbatch, legal)}"
-            ]
-        )
+        why = "as written in the run file"
+    _refuse(_problems(said, spec, sequences, sequence, ranks))
+    per_rank = sequences // (said.replicate * said.shard)
     microbatch = said.microbatch
     if microbatch is None:
-        budget = _GPU_MICROBATCH_TOKENS if gpus else _CPU_MICROBATCH_TOKENS
-        microbatch = max(
-            n for n in range(1, per_rank + 1) if per_rank % n == 0 and (n == 1 or n * sequence <= budget)
-        )
-        why += f"; microbatch {microbatch}: the most sequences within {budget} tokens"
+        microbatch, chosen = _microbatch(per_rank, sequence // said.context, said, gpus)
+        why += f"; {chosen}"
+    kind = said.context_kind
+    if kind is None:
+        kind, chosen = context.choose(spec.heads // said.tensor, _local_kv_heads(said, spec), said.context)
+        why += f"; {chosen}" if said.context > 1 else ""
+    _refuse(_pipeline_problems(said, spec, per_rank // microbatch))
     default_zero: Literal[0, 1] = 0 if said.shard == 1 else 1
     return Layout(
         replicate=said.replicate,
         shard=said.shard,
-        zero=default_zero if said.zero is None or said.shard == 1 else said.zero,
+        zero=default_zero if said.zero is None or said.shard * said.context == 1 else said.zero,
+        tensor=said.tensor,
+        sequence_parallel=said.sequence_parallel and said.tensor > 1,
+        context=said.context,
+        context_kind=kind,
+        expert=said.expert,
+        pipeline=said.pipeline,
+        schedule=said.schedule,
+        virtual=_virtual(said),
+        split=None if said.split is None else tuple(said.split),
         recompute=said.recompute,
         microbatch=microbatch,
         accumulate=per_rank // microbatch,
+        offload=said.offload,
         reason=why,
     )
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    found = [f"layout{problem}" for problem in problems]
+    if found:
+        raise ConfigError(found)
+
+
+def _problems(
+    said: schema.Layout, spec: TransformerSpec, sequences: int, sequence: int, ranks: int | None
+) -> Iterator[str]:
+    """What cannot work, each as `.key: sentence` or `: sentence`, with the nearest legal values."""
+    data = said.replicate * said.shard
+    world = data * said.context * said.tensor * said.pipeline
+    if ranks is not None and ranks != world:
+        yield f": {_product(said)} needs {world} ranks, but {ranks} were started; start {world}, or write layout: auto"
+    if sequences % data:
+        legal = _divisors(sequences)
+        yield (
+            f": {data} ranks do not divide the batch of {sequences} sequences; use {_nearest(data, legal)} ranks, "
+            f"or train.batch_tokens={_round_up(sequences, data) * sequence}"
+        )
+    elif said.microbatch is not None and (sequences // data) % said.microbatch:
+        legal = _divisors(sequences // data)
+        yield (
+            f".microbatch: {said.microbatch} does not divide the {sequences // data} sequences of a rank: "
+            f"nearest legal values are {_nearest(said.microbatch, legal)}"
+        )
+    yield from _tensor_problems(said, spec, sequence)
+    if said.context > 1 and spec.heads % said.tensor == 0:
+        kind = said.context_kind or "ring"  # the automatic choice is ring where ulysses cannot be
+        for problem in context.problems(sequence, spec.heads, said.tensor, said.context, kind):
+            yield problem.removeprefix("layout")
+    yield from _expert_problems(said, spec)
+
+
+def _tensor_problems(said: schema.Layout, spec: TransformerSpec, sequence: int) -> Iterator[str]:
+    if said.tensor == 1:
+        return
+    sizes = {"heads": spec.heads}
+    sizes |= (
+        {"expert_ffn": spec.expert_ffn, "shared_ffn": spec.shared_ffn} if spec.experts else {"ffn": spec.ffn}
+    )
+    for name, size in sizes.items():
+        if size % said.tensor:
+            yield f".tensor: {said.tensor} does not divide {name} ({size}): {_legal(said.tensor, _divisors(size))}"
+    if spec.kv_heads % said.tensor and said.tensor % spec.kv_heads:
+        legal = [n for n in _divisors(spec.heads) if not spec.kv_heads % n or not n % spec.kv_heads]
+        yield (
+            f".tensor: {said.tensor} ranks can neither divide nor share the {spec.kv_heads} kv_heads: "
+            f"{_legal(said.tensor, legal)}"
+        )
+    if said.sequence_parallel and (sequence // said.context) % said.tensor:
+        yield (
+            f".tensor: {said.tensor} does not divide a rank's {sequence // said.context} tokens of a sequence: change "
+            f"train.sequence to {_round_up(sequence, said.tensor * said.context)}, or set sequence_parallel: false"
+        )
+
+
+def _local_kv_heads(said: schema.Layout, spec: TransformerSpec) -> int:
+    """Kv heads of one tensor rank."""
+    return max(spec.kv_heads // said.tensor, 1)
+
+
+def _expert_problems(said: schema.Layout, spec: TransformerSpec) -> Iterator[str]:
+    pool = said.shard * said.context
+    if said.expert > 1 and spec.experts == 0:
+        yield f".expert: {said.expert} ranks have no experts to divide: the {spec.family} model has none; leave it out"
+    elif spec.experts % said.expert:
+        yield (
+            f".expert: {said.expert} does not divide the {spec.experts} experts of a layer: "
+            f"{_legal(said.expert, _divisors(spec.experts))}"
+        )
+    if said.expert > 1 and pool % said.expert:
+        yield (
+            f".expert: {said.expert} does not divide shard x context ({pool}), which it is taken from: "
+            f"{_legal(said.expert, _divisors(pool))}"
+        )
+
+
+def _pipeline_problems(said: schema.Layout, spec: TransformerSpec, microbatches: int) -> Iterator[str]:
+    if said.pipeline == 1:
+        return
+    virtual = _virtual(said)
+    for problem in split_problems(spec.layers, said.pipeline * virtual, said.split):
+        yield f".pipeline: {problem}"
+    for problem in schedule_problems(
+        said.schedule,
+        ranks=said.pipeline,
+        stages_per_rank=virtual,
+        microbatches=microbatches,
+        recompute=said.recompute != "none",
+    ):
+        yield f".schedule: {problem}"
+
+
+def _virtual(said: schema.Layout) -> int:
+    """Stages of one pipeline rank."""
+    if said.pipeline == 1:
+        return 1
+    return SCHEDULES[said.schedule].stages_per_rank if said.virtual is None else said.virtual
+
+
+def _microbatch(per_rank: int, tokens: int, said: schema.Layout, gpus: int) -> tuple[int, str]:
+    """The most sequences within a budget of tokens, and why; a pipeline wants enough microbatches to fill it."""
+    budget = _GPU_MICROBATCH_TOKENS if gpus else _CPU_MICROBATCH_TOKENS
+    fitting = [n for n in _divisors(per_rank) if n == 1 or n * tokens <= budget]
+    reason = f"the most sequences within {budget} tokens"
+    if said.pipeline > 1:
+        wanted = min(_PIPELINE_MICROBATCHES * said.pipeline, per_rank)
+        fitting = [n for n in fitting if per_rank // n >= wanted] or [1]
+        reason += f" that leave {wanted} microbatches for {said.pipeline} pipeline ranks"
+    return fitting[-1], f"microbatch {fitting[-1]}: {reason}"
 
 
 def _auto_world(sequences: int, *, cores: int, gpus: int, ranks: int | None) -> tuple[int, str]:
@@ -128,6 +274,20 @@ def _auto_world(sequences: int, *, cores: int, gpus: int, ranks: int | None) -> 
         f"auto: {world} of {cores} cores, one rank with one thread each (measured: 1.07x as fast at 10 M "
         f"parameters as one rank with two threads)"
     )
+
+
+def _product(said: schema.Layout) -> str:
+    axes = ("context", "tensor", "pipeline")
+    more = "".join(f" x {axis} {getattr(said, axis)}" for axis in axes if getattr(said, axis) > 1)
+    return f"replicate {said.replicate} x shard {said.shard}{more}"
+
+
+def _divisors(value: int) -> list[int]:
+    return [n for n in range(1, value + 1) if value % n == 0]
+
+
+def _legal(value: int, legal: list[int]) -> str:
+    return f"nearest legal values are {_nearest(value, legal)}"
 
 
 def _nearest(value: int, legal: list[int]) -> str:

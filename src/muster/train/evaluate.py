@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +38,27 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(loss: Callable[[Batch], Tensor], batches: EvaluationBatches, world: World) -> Evaluation:
-    """Score every batch once, shared out over the ranks; `loss` sums a batch's. The same on every rank."""
+def evaluate(
+    score: Callable[[Sequence[Batch]], Tensor],
+    batches: EvaluationBatches,
+    world: World,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    at_once: int = 1,
+    counts_tokens: bool = True,
+) -> Evaluation:
+    """Score every batch once, shared out over the data parts; the same figures on every rank.
+
+    `score` gives this rank's share of the summed loss of `at_once` batches. Ranks that read the same part as
+    others leave it to one of them to count its tokens.
+    """
     nats, tokens = 0.0, 0
     # Under ZeRO every rank joins each gather, so all score equally many batches; those past the end are empty.
-    for index in range(world.rank, -(-len(batches) // world.size) * world.size, world.size):
-        batch = batches.batch(index)
-        nats += float(loss(batch))
-        tokens += batch.valid_tokens
+    turns = -(-len(batches) // (parts * at_once))
+    for turn in range(turns):
+        some = [batches.batch((turn * at_once + index) * parts + part) for index in range(at_once)]
+        nats += float(score(some))
+        tokens += sum(batch.valid_tokens for batch in some) if counts_tokens else 0
     total_nats, total_tokens = world.sum(nats, tokens)
     return Evaluation(nats=total_nats, tokens=int(total_tokens), bytes=batches.bytes)

@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+
+Named = Sequence[tuple[str, nn.Parameter]]
+"""This rank's parameters, each once, by the undivided model's names."""
 
 
-def global_norm(model: nn.Module) -> float:
-    """The 2-norm of all gradients over all ranks."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+def squared_norm(named: Named) -> float:
+    """This rank's share of the squared 2-norm of all gradients: the shares of all ranks sum to it."""
+    by_copies: dict[int, list[Tensor]] = {}
+    for _, parameter in named:
+        if parameter.grad is not None:
+            by_copies.setdefault(_copies(parameter.grad), []).append(_local(parameter.grad))
+    return sum(
+        float(torch.stack(torch._foreach_norm(gradients)).double().square().sum()) / copies
+        for copies, gradients in by_copies.items()
+    )
 
 
 @torch.no_grad()
-def clip(model: nn.Module, norm: float, limit: float) -> None:
+def clip(named: Named, norm: float, limit: float) -> None:
     """Scale the gradients so that their norm is at most `limit` (Pascanu et al. 2013)."""
     if norm > limit:
-        gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+        gradients = [_local(p.grad) for _, p in named if p.grad is not None]
         torch._foreach_mul_(gradients, limit / norm)
 
 
-def first_bad_parameter(model: nn.Module) -> str:
-    """Name of the first parameter whose gradient holds a nan or inf on any rank; all ranks must call it."""
-    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    bad = [index for index, (_, grad) in enumerate(named) if not bool(torch.isfinite(_local(grad)).all())]
-    first = torch.tensor(min(bad, default=len(named)))
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        first = first.to(_local(named[0][1]).device)
+def first_bad_parameter(named: Named, all_names: Sequence[str]) -> str:
+    """Name of the first parameter whose gradient holds a nan or inf on any rank; all ranks must call it.
+
+    `all_names` are the undivided model's, of which a pipeline rank has some.
+    """
+    places = {name: index for index, name in enumerate(all_names)}
+    found = [(places[name], _local(p.grad)) for name, p in named if p.grad is not None]
+    bad = [place for place, grad in found if not bool(torch.isfinite(grad).all())]
+    first = torch.tensor(min(bad, default=len(all_names)), device=found[0][1].device)
+    if dist.get_world_size() > 1:
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
-    return named[int(first)][0] if int(first) < len(named) else "none: only their norm overflowed"
+    return all_names[int(first)] if int(first) < len(all_names) else "none: only their norm overflowed"
+
+
+def _copies(tensor: Tensor) -> int:
+    """How many ranks hold the same part of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    return math.prod(
+        size
+        for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+        if isinstance(placement, Replicate)
+    )
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -32,10 +32,10 @@ def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
     gc.disable()  # a collection in the middle of one rank's step would make every other rank wait
 
     while step < plan.steps:
-        batches = microbatches(sampler, plan, world, step)
+        batches = microbatches(sampler, plan, trainee.mesh.data_index, step)
         # One small exchange a step: the size of the global batch, and what the first rank's clock says is due.
         tokens, evaluate_now, save_now = world.sum(
-            sum(batch.valid_tokens for batch in batches),
+            trainee.mesh.reads_first and sum(batch.valid_tokens for batch in batches),
             world.is_first and evaluation_due.rings(step + 1),
             world.is_first and checkpoint_due.rings(step + 1),
         )
@@ -60,9 +60,9 @@ def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
     return last_evaluation
 
 
-def microbatches(sampler: Sampler, plan: Plan, world: World, step: int) -> list[Batch]:
-    """This rank's part of the global batch of a step, which is the same for any number of ranks."""
-    per_rank = plan.sequences_per_batch // world.size
-    first = step * plan.sequences_per_batch + world.rank * per_rank
+def microbatches(sampler: Sampler, plan: Plan, part: int, step: int) -> list[Batch]:
+    """One data part of the global batch of a step, which is the same for any number of ranks."""
+    per_part = plan.sequences_per_batch // plan.layout.data
+    first = step * plan.sequences_per_batch + part * per_part
     size = plan.layout.microbatch
-    return [sampler.batch(range(start, start + size)) for start in range(first, first + per_rank, size)]
+    return [sampler.batch(range(start, start + size)) for start in range(first, first + per_part, size)]

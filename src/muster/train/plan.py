@@ -13,7 +13,7 @@ from muster.config import schema
 from muster.data.dataset import Corpus, prepare
 from muster.data.progress import Progress
 from muster.data.sampler import Sampler
-from muster.model.build import spec_from_config
+from muster.model.build import balance_from_config, spec_from_config
 from muster.model.spec import TransformerSpec
 from muster.parallel.layout import Layout, resolve
 from muster.parallel.world import usable_cores
@@ -56,7 +56,8 @@ def make(
     """
     # Sizes and layout before the corpus is read, which can take long; any vocabulary does for that.
     draft = spec_from_config(run.model, 1, base)
-    layout = resolve(run, context=draft.context, cores=usable_cores(), gpus=gpus, ranks=ranks)
+    balance_from_config(run.train.balance, draft)
+    layout = resolve(run, draft, cores=usable_cores(), gpus=gpus, ranks=ranks)
     model_folder = None if run.model.from_ is None else (base / Path(run.model.from_).expanduser()).resolve()
     data = run.data
     if data.tokenizer is None:

@@ -59,6 +59,7 @@ class Report:
             "tokens_per_s": rate,
             "mfu": rate * self._flops_per_token / self._peak_flops,
             "memory_bytes": self._memory_bytes(),
+            **({} if update.imbalance is None else {"expert_imbalance": update.imbalance}),
             "eta_s": (self._plan.steps - step) * self._window.seconds / self._window.steps,
         }
         self._record(step, record)

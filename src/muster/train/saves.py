@@ -53,7 +53,7 @@ def save(trainee: Trainee, plan: Plan, world: World, report: Report, step: int) 
     if world.is_first:
         partial.mkdir(parents=True)
     world.barrier()
-    write_shards(trainee.state(), partial, world.rank)
+    write_shards(trainee.state(), partial, world.rank, owns_whole=trainee.mesh.is_first_of_stage)
     world.barrier()
     if not world.is_first:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +14,23 @@ from muster.checkpoint.state import WEIGHTS, read_shards
 from muster.data.evaluation import EvaluationBatches
 from muster.data.packing import Batch
 from muster.errors import TrainingError
+from muster.model.build import balance_from_config
 from muster.model.folder import open_weights
-from muster.model.transformer import Transformer, initial_value
-from muster.parallel import data
-from muster.parallel.apply import Value, apply
+from muster.model.transformer import initial_value, parameter_names
+from muster.parallel.apply import Value
+from muster.parallel.inputs import Inputs
+from muster.parallel.mesh import Mesh
+from muster.parallel.model import ParallelModel
 from muster.parallel.world import World
 from muster.train import gradients
 from muster.train.evaluate import Evaluation, evaluate
-from muster.train.forward import summed_loss
-from muster.train.optimizer import AdamW
+from muster.train.forward import to_inputs
+from muster.train.optimizer import make_optimizer
 from muster.train.plan import Plan
 from muster.train.schedule import learning_rate
 
+_COPY = "copy of "
+"""Marks a second copy of a parameter, which is trained like the first one, but neither counted nor saved."""
 COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -38,22 +44,37 @@ class Update:
     learning_rate: float
     tokens: int
     """Valid target tokens of the global batch."""
+    expert_load: Tensor | None = None
+    """Tokens sent to each expert of each layer, (L, X); None in a model without experts."""
+
+    @property
+    def imbalance(self) -> float | None:
+        """The busiest expert's tokens over its layer's mean, in the layer where that is most; 1 is even."""
+        if self.expert_load is None:
+            return None
+        load = self.expert_load.double()
+        return float((load.amax(1) / load.mean(1)).max())
 
 
 class Trainee:
     def __init__(self, plan: Plan, world: World) -> None:
         self.plan, self.world = plan, world
-        with torch.device("meta"):
-            self.model = Transformer(plan.spec)
-        apply(
-            self.model,
-            list(self.model.layers.values()),
-            plan.layout,
-            data.build_mesh(plan.layout, world.device),
+        self.mesh = Mesh(plan.layout, world.device)
+        self.balance = balance_from_config(plan.run.train.balance, plan.spec)
+        self.model = ParallelModel(
+            plan.spec,
+            self.mesh,
+            sequence=plan.sequence,
             compute=COMPUTE_DTYPE[plan.run.train.precision],
             value=_first_values(plan),
         )
-        self.optimizer = AdamW(self.model, plan.run.train.optimizer)
+        copies = {_COPY + name: copy for name, copy in self.model.copies()}
+        self.optimizer = make_optimizer(
+            dict(self.model.named_parameters()) | copies,
+            plan.run.train.optimizer,
+            compute=COMPUTE_DTYPE[plan.run.train.precision],
+            scratch=plan.folder if plan.layout.offload == "disk" else None,
+        )
 
     def update(self, step: int, batches: Sequence[Batch], tokens: int) -> Update:
         """One optimizer step from this rank's microbatches; `tokens` are the valid ones of the global batch.
@@ -62,51 +83,67 @@ class Trainee:
         valid tokens, never a mean of means, so no layout changes it.
         """
         seed_step(self.plan.run.train.seed, step)
-        summed = torch.zeros((), device=self.world.device)
-        for index, batch in enumerate(batches):
-            data.begin_microbatch(self.model, self.plan.layout, is_last=index == len(batches) - 1)
-            loss = self.loss(batch)
-            data.sum_over_ranks(loss / tokens, self.plan.layout).backward()  # type: ignore[no-untyped-call]
-            summed += loss.detach()
-        norm = gradients.global_norm(self.model)
-        (total,) = self.world.sum(float(summed))
-        if norm != norm or norm == float("inf"):
+        coefficient = (self.balance.coefficient if self.balance else None) or 0.0
+        summed = self.model.train([self._inputs(batch) for batch in batches], 1 / tokens, coefficient)
+        load = self.model.take_load()
+        named = self.model.named_parameters()
+        total, square = self.world.sum(float(summed), gradients.squared_norm(named))
+        norm = math.sqrt(square)
+        if not math.isfinite(norm):
             raise TrainingError(
                 f"step {step + 1}: loss {total / tokens:.4g}, gradient norm {norm}: not finite, first in "
-                f"{gradients.first_bad_parameter(self.model)}; lower train.optimizer.lr, or look at this step's data"
+                f"{gradients.first_bad_parameter(named, parameter_names(self.plan.spec))}; "
+                f"lower train.optimizer.lr, or look at this step's data"
             )
         train = self.plan.run.train
         if train.optimizer.clip is not None:
-            gradients.clip(self.model, norm, train.optimizer.clip)
+            gradients.clip(named + self.model.copies(), norm, train.optimizer.clip)
         lr = learning_rate(step, self.plan.steps, train.optimizer.lr, train.schedule)
         self.optimizer.step(lr)
-        return Update(loss=total / tokens, gradient_norm=norm, learning_rate=lr, tokens=tokens)
-
-    def loss(self, batch: Batch) -> Tensor:
-        """Summed cross entropy of one microbatch, in nats."""
-        return summed_loss(
-            self.model, batch, self.world.device, mask_documents=self.plan.run.data.mask_documents
+        if load is not None and self.balance and self.balance.rate:
+            self.model.balance_by_bias(load, self.balance.rate)
+        return Update(
+            loss=total / tokens, gradient_norm=norm, learning_rate=lr, tokens=tokens, expert_load=load
         )
 
     def evaluate(self, limit_tokens: int | None = None) -> Evaluation:
         """Score the held-out documents, or their first `limit_tokens`."""
-        corpus = self.plan.corpus
+        corpus, layout = self.plan.corpus, self.plan.layout
         batches = EvaluationBatches(
-            corpus.held_out, corpus.tokenizer, self.plan.sequence, self.plan.layout.microbatch, limit_tokens
+            corpus.held_out, corpus.tokenizer, self.plan.sequence, layout.microbatch, limit_tokens
         )
-        evaluation = evaluate(self.loss, batches, self.world)
-        data.free_gathered(self.model)
+        evaluation = evaluate(
+            lambda some: self.model.score([self._inputs(batch) for batch in some]),
+            batches,
+            self.world,
+            part=self.mesh.data_index,
+            parts=layout.data,
+            at_once=layout.pipeline,  # so that the stages have something to do at the same time
+            counts_tokens=self.mesh.reads_first,
+        )
+        self.model.rest()
         return evaluation
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds as tensors, by name; shards of this rank."""
-        weights = {WEIGHTS + name: parameter.data for name, parameter in self.model.named_parameters()}
-        return weights | self.optimizer.state()
+        return {name: tensor for name, tensor in self._everything().items() if _COPY not in name}
 
     def restore(self, folder: Path, step: int) -> None:
         """Continue from a checkpoint taken after `step` updates, on any layout."""
         read_shards(self.state(), folder)
+        copies = {name: tensor for name, tensor in self._everything().items() if _COPY in name}
+        if copies:
+            read_shards({name.replace(_COPY, ""): tensor for name, tensor in copies.items()}, folder)
         self.optimizer.set_steps(step)
+
+    def _everything(self) -> dict[str, Tensor]:
+        weights = {WEIGHTS + name: parameter.data for name, parameter in self.model.named_parameters()}
+        copies = {WEIGHTS + _COPY + name: copy.data for name, copy in self.model.copies()}
+        buffers = {WEIGHTS + name: buffer for name, buffer in self.model.named_buffers()}
+        return weights | buffers | copies | self.optimizer.state()
+
+    def _inputs(self, batch: Batch) -> Inputs:
+        return to_inputs(batch, self.world.device, mask_documents=self.plan.run.data.mask_documents)
 
 
 def seed_step(seed: int, step: int) -> None:

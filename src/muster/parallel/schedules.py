@@ -1,0 +1,115 @@
+"""Pipeline schedules by name: how each places stages on ranks, and what it asks of a run before it can start.
+
+Pure; knows no torch. What each schedule asks was found by building and simulating torch 2.13's schedules over
+ranks, stages and microbatches (`tests/parallel/test_schedules.py` repeats it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_MOST_MICROBATCHES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """A pipeline schedule's fixed properties."""
+
+    torch_name: str
+    """What `torch.distributed.pipelining.schedules.get_schedule_class` calls it."""
+    stages_per_rank: int
+    """The default, which `variable` schedules can change."""
+    variable: bool = False
+    v_shaped: bool = False
+    """Stages go down the ranks and back up, so that the first and the last stage share a rank."""
+    splits_backward: bool = False
+    """The gradients of inputs and of weights are computed in two passes."""
+    least_microbatches: Callable[[int], int] = lambda ranks: 1
+    whole_rounds: bool = False
+    """Microbatches come in rounds of about one for each rank, all of the same size."""
+
+
+SCHEDULES = {
+    # Huang et al. 2019.
+    "gpipe": Schedule(torch_name="GPipe", stages_per_rank=1),
+    # Narayanan et al. 2019.
+    "1f1b": Schedule(torch_name="1F1B", stages_per_rank=1, least_microbatches=lambda ranks: ranks),
+    # Narayanan et al. 2021.
+    "interleaved": Schedule(
+        torch_name="Interleaved1F1B", stages_per_rank=2, variable=True, whole_rounds=True
+    ),
+    # Qi et al. 2023, their ZB1P over several stages a rank.
+    "interleaved-zero-bubble": Schedule(
+        torch_name="InterleavedZeroBubble",
+        stages_per_rank=2,
+        variable=True,
+        splits_backward=True,
+        whole_rounds=True,
+    ),
+    # Qi et al. 2023, section 6.
+    "zbv": Schedule(torch_name="ZBVZeroBubble", stages_per_rank=2, v_shaped=True, splits_backward=True),
+    # DeepSeek-AI 2024, the variant that folds DualPipe's two copies of the weights into one.
+    "dualpipev": Schedule(
+        torch_name="DualPipeV",
+        stages_per_rank=2,
+        v_shaped=True,
+        splits_backward=True,
+        least_microbatches=lambda ranks: 2 * ranks,
+    ),
+}
+
+
+def stages_of_rank(schedule: str, rank: int, ranks: int, stages_per_rank: int) -> list[int]:
+    """The stages that a rank holds, in ascending order."""
+    if SCHEDULES[schedule].v_shaped:
+        return [rank, 2 * ranks - 1 - rank]
+    return [rank + turn * ranks for turn in range(stages_per_rank)]
+
+
+def rank_of_stage(schedule: str, stage: int, ranks: int) -> int:
+    if SCHEDULES[schedule].v_shaped and stage >= ranks:
+        return 2 * ranks - 1 - stage
+    return stage % ranks
+
+
+def schedule_problems(
+    schedule: str, *, ranks: int, stages_per_rank: int, microbatches: int, recompute: bool = False
+) -> list[str]:
+    """Why this schedule cannot run, one sentence each with the nearest legal values; empty where it can.
+
+    `recompute`: whole blocks are run again in the backward pass.
+    """
+    kind = SCHEDULES[schedule]
+    found = []
+    if not kind.variable and stages_per_rank != kind.stages_per_rank:
+        found.append(
+            f"schedule {schedule} holds {kind.stages_per_rank} stages on each rank, not {stages_per_rank}: "
+            f"leave the number of stages out, or use schedule interleaved"
+        )
+    if not _runs(kind, ranks, microbatches):
+        near = " or ".join(str(n) for n in _nearest_microbatches(kind, ranks, microbatches))
+        found.append(
+            f"schedule {schedule} on {ranks} pipeline ranks cannot run {microbatches} microbatches a step: "
+            f"nearest legal values are {near}"
+        )
+    if recompute and kind.splits_backward:
+        # Measured: the passes that follow the first each unpack, and so recompute, the block anew.
+        found.append(
+            f"schedule {schedule} splits the backward pass, and torch would then recompute a block once for each of "
+            f"its weights: use recompute none, or schedule 1f1b or interleaved"
+        )
+    return found
+
+
+def _runs(kind: Schedule, ranks: int, microbatches: int) -> bool:
+    if microbatches < kind.least_microbatches(ranks):
+        return False
+    rounds = max(microbatches // ranks, 1)
+    return not kind.whole_rounds or microbatches % rounds == 0
+
+
+def _nearest_microbatches(kind: Schedule, ranks: int, microbatches: int) -> list[int]:
+    below = (n for n in range(microbatches - 1, 0, -1) if _runs(kind, ranks, n))
+    above = (n for n in range(microbatches + 1, _MOST_MICROBATCHES) if _runs(kind, ranks, n))
+    return [n for n in (next(below, None), next(above, None)) if n is not None]

@@ -268,6 +268,19 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Compress:
+    """In what form gradients and parameters travel over the data axes."""
+
+    gradients: Literal["none", "bf16", "fp16", "int8", "powersgd"] = "none"
+    """none sums in fp32; bf16 and fp16 halve that; int8 (ZeRO++) quarters it; powersgd sends low-rank factors
+    between copies. int8 and powersgd keep what they lost and add it the next time."""
+    parameters: Literal["none", "int8"] = "none"
+    """int8 (ZeRO++) halves what the gathering of bf16 shards sends."""
+    rank: Positive = 4
+    """Rank of powersgd's factors."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class Layout:
     """How the model and the batch are spread over ranks: replicate x shard x context x tensor x pipeline of them."""
 
@@ -303,6 +316,7 @@ class Layout:
     offload: Literal["none", "cpu", "disk"] = "none"
     """cpu: parameters, gradients and optimizer state stay in the host's memory, where the optimizer then
     runs; disk: as cpu, and AdamW's moments in a file of the run's folder, read and written block by block."""
+    compress: Compress = Field(default_factory=Compress)
 
     @model_validator(mode="after")
     def _fits(self) -> Layout:

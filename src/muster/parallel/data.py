@@ -33,11 +33,12 @@ from muster.parallel.reduction import InPlaceReduction
 def shard(model: Transformer, mesh: Mesh, compute: torch.dtype) -> None:
     """Apply FSDP2 to each unit of a model, in place."""
     layout = mesh.layout
-    # Gradients are summed over ranks and microbatches in fp32; where there is nothing to sum, that would only copy.
+    # Gradients are summed over ranks and microbatches in fp32, or as compression says; where there is nothing
+    # to sum, that would only copy.
     alone = layout.averaged == layout.accumulate == 1
     policy = MixedPrecisionPolicy(
         param_dtype=compute if compute != torch.float32 else None,
-        reduce_dtype=None if alone else torch.float32,
+        reduce_dtype=None if alone else layout.compress.reduce_dtype,
         cast_forward_inputs=False,
     )
     for unit, data in _units(model, mesh):

@@ -130,7 +130,8 @@ def train_case(case: Case, folder: Path) -> None:
             ranges = microbatch_ranges(training, trainee.mesh.data_index, 0)
             batches = [_rows(whole, rows) for rows in ranges]
             updates.append(trainee.update(step, batches, whole.valid_tokens))
-        write_shards(trainee.state(), folder, world.rank, owns_whole=trainee.mesh.is_first_of_stage)
+        state = trainee.state() if trainee.mesh.is_first_copy else {}
+        write_shards(state, folder, world.rank, owns_whole=trainee.mesh.is_first_of_stage)
         world.barrier()
         if world.is_first:
             collect_sums(folder, world.size)

@@ -7,8 +7,7 @@ k experts of a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,23 +101,24 @@ class MoE(nn.Module):
         self.aux_scale = 0.0
         """What a backward pass adds: this times the balance loss summed over sequences. 0: no such loss."""
         self.counting = True
-        """Whether forward passes add to `load`; not while activations are computed a second time."""
+        """Whether forward passes that record gradients add to `load`; not where they repeat an earlier one."""
         self.reset_load()
 
     def reset_load(self) -> None:
         """Begin to count the load anew."""
         # Never on meta, whatever device the model is made on: it starts as numbers.
         self.load = torch.zeros(len(self.router.weight), dtype=torch.int64, device="cpu")
-        """Tokens sent to each expert by this rank, (X,) int64."""
+        """Tokens that this rank sent to each expert in training, (X,) int64."""
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.router(x)  # (B, T, X)
         weights, chosen = self.router.choose(scores)  # (B, T, k)
         counts = _tally(chosen, scores.shape[-1])  # (B, X)
         load = counts.sum(0)  # (X,)
-        if self.counting:
+        training = torch.is_grad_enabled()
+        if self.counting and training:  # the load of a step is not that of an evaluation before it
             self.load = self.load.to(load.device) + load
-        if self.aux_scale and torch.is_grad_enabled():
+        if self.aux_scale and training:
             loss = balance.sequence_balance_loss(scores, self.sum_over_sequence(counts))
             weights = balance.attach(weights, loss, self.aux_scale)
         out = self._through_experts(x.flatten(0, 1), weights.flatten(0, 1), chosen.flatten(), load)
@@ -133,20 +133,6 @@ class MoE(nn.Module):
         out = self.experts(rows, load) if self.exchange is None else self.exchange(self.experts, rows, load)
         out = take(out, place, order, 1).view(-1, copies, x.shape[1])  # (N*k, E) -> (N, k, E)
         return (out * weights.to(out.dtype)[..., None]).sum(1)
-
-
-@contextmanager
-def uncounted(module: nn.Module) -> Iterator[None]:
-    """The layers in `module` do not count their load: for a forward pass that only repeats an earlier one."""
-    layers = [layer for layer in module.modules() if isinstance(layer, MoE)]
-    before = [layer.counting for layer in layers]
-    for layer in layers:
-        layer.counting = False
-    try:
-        yield
-    finally:
-        for layer, counting in zip(layers, before, strict=True):
-            layer.counting = counting
 
 
 def _softmax(logits: Tensor) -> Tensor:

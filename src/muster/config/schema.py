@@ -317,6 +317,10 @@ class Layout:
     """cpu: parameters, gradients and optimizer state stay in the host's memory, where the optimizer then
     runs; disk: as cpu, and AdamW's moments in a file of the run's folder, read and written block by block."""
     compress: Compress = Field(default_factory=Compress)
+    bucket: Positive = 1
+    """Blocks that are gathered and reduced together: more means fewer and larger messages, and more memory."""
+    prefetch: Annotated[int, Field(ge=0, le=64, strict=True)] = 1
+    """Buckets that zero 3 gathers ahead of the one that computes, on a GPU while it does."""
 
     @model_validator(mode="after")
     def _fits(self) -> Layout:
@@ -330,6 +334,10 @@ class Layout:
             raise ValueError(
                 "split and virtual divide a pipeline's layers: set pipeline to 2 or more, or leave them out"
             )
+        if self.bucket > 1 and (
+            self.compress.gradients in ("int8", "powersgd") or self.compress.parameters != "none"
+        ):
+            raise ValueError(f"compress works on one block at a time: use bucket: 1 instead of {self.bucket}")
         if self.context == 1 and self.context_kind is not None:
             raise ValueError(
                 "context_kind says how sequences are divided: set context to 2 or more, or leave it out"

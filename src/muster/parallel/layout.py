@@ -49,6 +49,8 @@ class Layout:
     offload: Literal["none", "cpu", "disk"] = "none"
     """Where parameters, gradients and optimizer state live between uses; disk is for the moments alone."""
     compress: Choice = field(default_factory=Choice)
+    bucket: int = 1
+    prefetch: int = 1
     reason: str
     """Why these values, in a few words, for the run's log."""
 
@@ -155,6 +157,8 @@ def resolve(
         accumulate=per_rank // microbatch,
         offload=said.offload,
         compress=_choice(said),
+        bucket=said.bucket,
+        prefetch=said.prefetch,
         reason=why,
     )
 
@@ -253,7 +257,7 @@ def _pipeline_problems(said: schema.Layout, spec: TransformerSpec, microbatches:
         ranks=said.pipeline,
         stages_per_rank=virtual,
         microbatches=microbatches,
-        recompute=said.recompute != "none",
+        recompute=said.recompute == "full",  # attention alone has no weights
     ):
         yield f".schedule: {problem}"
 

@@ -26,6 +26,7 @@ bench: setup
 	$(BIN)/python benchmarks/train_cpu.py --json benchmarks/results/train_cpu.json
 	$(BIN)/python benchmarks/attention_cpu.py --json benchmarks/results/attention_cpu.json
 	$(BIN)/python benchmarks/tokenizing.py --json benchmarks/results/tokenizing.json
+	$(BIN)/python benchmarks/pipeline_bubble.py --json benchmarks/results/pipeline_bubble.json
 	$(BIN)/python benchmarks/muon.py --json benchmarks/results/muon.json
 
 readme: setup

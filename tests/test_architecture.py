@@ -15,6 +15,7 @@ FLOORS = {
     "observe": 1,
     "data": 1,
     "model": 1,
+    "comm": 2,
     "parallel": 3,
     "checkpoint": 4,
     "resilience": 4,

@@ -84,7 +84,7 @@ def test_memory_of_a_ring_is_linear(run_ranks: Any) -> None:
 
 @pytest.mark.long
 def test_memory_of_a_ring_is_linear_up_to_128k_tokens(run_ranks: Any) -> None:
-    check_ring([32768, 65536, 131072], 16384, run_ranks)
+    check_ring([32768, 81920, 131072], 4096, run_ranks)
 
 
 def test_the_meter_sees_kept_scores() -> None:

@@ -268,6 +268,19 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class Compress:
+    """In what form gradients and parameters travel over the data axes."""
+
+    gradients: Literal["none", "bf16", "fp16", "int8", "powersgd"] = "none"
+    """none sums in fp32; bf16 and fp16 halve that; int8 (ZeRO++) quarters it; powersgd sends low-rank factors
+    between copies. int8 and powersgd keep what they lost and add it the next time."""
+    parameters: Literal["none", "int8"] = "none"
+    """int8 (ZeRO++) halves what the gathering of bf16 shards sends."""
+    rank: Positive = 4
+    """Rank of powersgd's factors."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class Layout:
     """How the model and the batch are spread over ranks: replicate x shard x context x tensor x pipeline of them."""
 
@@ -303,6 +316,11 @@ class Layout:
     offload: Literal["none", "cpu", "disk"] = "none"
     """cpu: parameters, gradients and optimizer state stay in the host's memory, where the optimizer then
     runs; disk: as cpu, and AdamW's moments in a file of the run's folder, read and written block by block."""
+    compress: Compress = Field(default_factory=Compress)
+    bucket: Positive = 1
+    """Blocks that are gathered and reduced together: more means fewer and larger messages, and more memory."""
+    prefetch: Annotated[int, Field(ge=0, le=64, strict=True)] = 1
+    """Buckets that zero 3 gathers ahead of the one that computes, on a GPU while it does."""
 
     @model_validator(mode="after")
     def _fits(self) -> Layout:
@@ -316,6 +334,10 @@ class Layout:
             raise ValueError(
                 "split and virtual divide a pipeline's layers: set pipeline to 2 or more, or leave them out"
             )
+        if self.bucket > 1 and (
+            self.compress.gradients in ("int8", "powersgd") or self.compress.parameters != "none"
+        ):
+            raise ValueError(f"compress works on one block at a time: use bucket: 1 instead of {self.bucket}")
         if self.context == 1 and self.context_kind is not None:
             raise ValueError(
                 "context_kind says how sequences are divided: set context to 2 or more, or leave it out"

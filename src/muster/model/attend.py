@@ -64,7 +64,9 @@ def training_kernel(tokens: int, device: str) -> tuple[str, str]:
         gain = "2.8x as fast as scaled_dot_product_attention in bf16 and 1.4x in fp32 at 512 tokens"
         return "blocks of matrix products", f"measured on CPU: {gain}"
     if device == "cpu":
-        reason = f"beyond {_BLOCKED_MAX_TOKENS} tokens, blocks take too much memory; tiles where a mask is needed"
+        reason = (
+            f"beyond {_BLOCKED_MAX_TOKENS} tokens, blocks take too much memory; tiles where a mask is needed"
+        )
         return "scaled_dot_product_attention", reason
     return "scaled_dot_product_attention", "the flash kernel of a GPU"
 

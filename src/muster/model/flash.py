@@ -29,8 +29,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, given the output and log-sum-exp over all the keys of which k is a part."""
     lse = lse.contiguous()  # the kernel takes no strides for it
-    no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)
+    # Seed and offset of a dropout that there is not.
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)
+    offset = torch.empty((), dtype=torch.uint64, device=q.device)
     grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, is_causal, no_dropout, no_dropout[0]
+        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, is_causal, seed, offset
     )
     return grads

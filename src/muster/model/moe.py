@@ -7,15 +7,14 @@ k experts of a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muster.model import balance
+from muster.model import balance, grouped
 from muster.model.mlp import MLP
 from muster.model.spec import TransformerSpec
 
@@ -59,22 +58,25 @@ class Experts(nn.Module):
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
-        into, out_of = (
-            (spec.experts, spec.expert_ffn, spec.width),
-            (spec.experts, spec.width, spec.expert_ffn),
-        )
-        self.gate = nn.Parameter(torch.empty(into))
-        self.up = nn.Parameter(torch.empty(into))
-        self.down = nn.Parameter(torch.empty(out_of))
+        X, ffn, E = spec.experts, spec.expert_ffn, spec.width
+        self.gate = nn.Parameter(torch.empty(X, ffn, E))
+        self.up = nn.Parameter(torch.empty(X, ffn, E))
+        self.down = nn.Parameter(torch.empty(X, E, ffn))
 
     def forward(self, rows: Tensor, counts: Tensor, weight: Callable[[Tensor], Tensor] = same) -> Tensor:
         """Each of rows (N, E) through its expert; the first counts[0] are the first expert's, and so on.
 
         `weight` gives what to multiply with for a parameter, where a rank holds only some of the experts.
         """
+        if grouped.few_sizes_pay(rows, counts):
+            padded, places, sizes = grouped.round_up(rows, counts)
+            return self._apart(padded, sizes, weight).index_select(0, places)
+        return self._apart(rows, counts, weight)
+
+    def _apart(self, rows: Tensor, counts: Tensor, weight: Callable[[Tensor], Tensor]) -> Tensor:
         gate, up, down = weight(self.gate), weight(self.up), weight(self.down)
-        hidden = F.silu(grouped_linear(rows, gate, counts)) * grouped_linear(rows, up, counts)  # (N, F)
-        return grouped_linear(hidden, down, counts)
+        hidden = F.silu(grouped.linear(rows, gate, counts)) * grouped.linear(rows, up, counts)  # (N, F)
+        return grouped.linear(hidden, down, counts)
 
 
 Exchange = Callable[[Experts, Tensor, Tensor], Tensor]
@@ -99,23 +101,24 @@ class MoE(nn.Module):
         self.aux_scale = 0.0
         """What a backward pass adds: this times the balance loss summed over sequences. 0: no such loss."""
         self.counting = True
-        """Whether forward passes add to `load`; not while activations are computed a second time."""
+        """Whether forward passes that record gradients add to `load`; not where they repeat an earlier one."""
         self.reset_load()
 
     def reset_load(self) -> None:
         """Begin to count the load anew."""
         # Never on meta, whatever device the model is made on: it starts as numbers.
         self.load = torch.zeros(len(self.router.weight), dtype=torch.int64, device="cpu")
-        """Tokens sent to each expert by this rank, (X,) int64."""
+        """Tokens that this rank sent to each expert in training, (X,) int64."""
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.router(x)  # (B, T, X)
         weights, chosen = self.router.choose(scores)  # (B, T, k)
         counts = _tally(chosen, scores.shape[-1])  # (B, X)
         load = counts.sum(0)  # (X,)
-        if self.counting:
+        training = torch.is_grad_enabled()
+        if self.counting and training:  # the load of a step is not that of an evaluation before it
             self.load = self.load.to(load.device) + load
-        if self.aux_scale and torch.is_grad_enabled():
+        if self.aux_scale and training:
             loss = balance.sequence_balance_loss(scores, self.sum_over_sequence(counts))
             weights = balance.attach(weights, loss, self.aux_scale)
         out = self._through_experts(x.flatten(0, 1), weights.flatten(0, 1), chosen.flatten(), load)
@@ -125,38 +128,11 @@ class MoE(nn.Module):
     def _through_experts(self, x: Tensor, weights: Tensor, chosen: Tensor, load: Tensor) -> Tensor:
         """The chosen experts' weighted sum (N, E) for x (N, E), weights (N, k), chosen (N*k,) and load (X,)."""
         copies = weights.shape[1]
-        order = chosen.argsort(stable=True)  # by expert, then by token
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
+        order, place = sorting(chosen)
         rows = take(x, order, place, copies)  # (N*k, E) sorted by expert
         out = self.experts(rows, load) if self.exchange is None else self.exchange(self.experts, rows, load)
         out = take(out, place, order, 1).view(-1, copies, x.shape[1])  # (N*k, E) -> (N, k, E)
         return (out * weights.to(out.dtype)[..., None]).sum(1)
-
-
-@contextmanager
-def uncounted(module: nn.Module) -> Iterator[None]:
-    """The layers in `module` do not count their load: for a forward pass that only repeats an earlier one."""
-    layers = [layer for layer in module.modules() if isinstance(layer, MoE)]
-    before = [layer.counting for layer in layers]
-    for layer in layers:
-        layer.counting = False
-    try:
-        yield
-    finally:
-        for layer, counting in zip(layers, before, strict=True):
-            layer.counting = counting
-
-
-def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """rows (N, I) times their groups' weights (X, O, I), in runs of counts (X,) rows: (N, O)."""
-    # One kernel and no wait for the counts; also on CPU it is the faster way (measured with torch 2.13, fp32 and bf16,
-    # 4 to 64 experts: 1.05 to 2 times a loop). It wants rows of whole 16 bytes.
-    if all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:]):
-        ends = counts.cumsum(0, dtype=torch.int32)
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-    groups = zip(torch.split(rows, counts.tolist()), weight.unbind(), strict=True)
-    return torch.cat([F.linear(group, matrix) for group, matrix in groups])
 
 
 def _softmax(logits: Tensor) -> Tensor:
@@ -168,6 +144,14 @@ def _tally(chosen: Tensor, experts: int) -> Tensor:
     flat = chosen.flatten(1)
     counts = torch.zeros(len(flat), experts, dtype=torch.int64, device=flat.device)
     return counts.scatter_add_(1, flat, torch.ones_like(flat))
+
+
+def sorting(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The order that sorts rows of groups (N,), keeping that of equals, and its inverse: where each row goes."""
+    order = groups.argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return order, place
 
 
 def take(source: Tensor, index: Tensor, place: Tensor, copies: int) -> Tensor:

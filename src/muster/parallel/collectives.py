@@ -9,4 +9,4 @@ all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else d
 reduce_scatter = (
     dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
 )
-"""reduce_scatter(own, whole, group=): this rank's `own` (n, ...) of the sum of every rank's `whole` (ranks * n, ...)."""
+"""reduce_scatter(own, whole, group=): `own` (n, ...) of the sum of every rank's `whole` (ranks * n, ...)."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from muster.model.moe import Experts, MoE, take
+from muster.model.moe import Experts, MoE, sorting, take
 
 _MATRICES = {"gate": 1, "up": 1, "down": 2}
 """The experts' parameters, and the dim of each that the tensor axis divides (F)."""
@@ -66,7 +66,8 @@ class ExpertExchange:
         dist.all_to_all_single(receive, send, group=self.group)
         to_ranks, from_ranks = torch.stack([send.sum(1), receive.sum(1)]).tolist()
         arrived = _exchange(rows, to_ranks, from_ranks, self.group)  # (M, E) by rank, then by expert
-        order, place = _by_expert(receive)
+        experts_here = torch.arange(receive.shape[1], device=rows.device)
+        order, place = sorting(experts_here.repeat(self.ranks).repeat_interleave(receive.flatten()))
         out = experts(take(arrived, order, place, 1), receive.sum(0), self.own_part)
         return _exchange(take(out, place, order, 1), from_ranks, to_ranks, self.group)
 
@@ -78,16 +79,6 @@ class ExpertExchange:
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         own: Tensor = _ScaleGradient.apply(local, 1 / self.ranks)  # type: ignore[no-untyped-call]
         return own
-
-
-def _by_expert(receive: Tensor) -> tuple[Tensor, Tensor]:
-    """The order that sorts rows that came by rank and then by expert, counts (P, X / P), by expert; and its inverse."""
-    ranks, experts = receive.shape
-    of_row = torch.arange(experts, device=receive.device).repeat(ranks).repeat_interleave(receive.flatten())
-    order = of_row.argsort(stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    return order, place
 
 
 def _exchange(rows: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:

@@ -7,9 +7,11 @@ problems at once, with the nearest legal values. Knows no torch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from muster.comm.choice import Choice
+from muster.comm.choice import problems as compression_problems
 from muster.config import schema
 from muster.errors import ConfigError
 from muster.model.spec import TransformerSpec
@@ -46,6 +48,9 @@ class Layout:
     """Forward passes of one rank in one step."""
     offload: Literal["none", "cpu", "disk"] = "none"
     """Where parameters, gradients and optimizer state live between uses; disk is for the moments alone."""
+    compress: Choice = field(default_factory=Choice)
+    bucket: int = 1
+    prefetch: int = 1
     reason: str
     """Why these values, in a few words, for the run's log."""
 
@@ -78,6 +83,10 @@ class Layout:
         words.append(f"recompute {self.recompute}")
         if self.offload != "none":
             words.append(f"offload {self.offload}")
+        if self.compress.gradients != "none":
+            words.append(f"gradients {self.compress.gradients}")
+        if self.compress.parameters != "none":
+            words.append(f"parameters {self.compress.parameters}")
         words += [f"microbatch {self.microbatch} x {self.accumulate}"]
         return ", ".join(words)
 
@@ -147,6 +156,9 @@ def resolve(
         microbatch=microbatch,
         accumulate=per_rank // microbatch,
         offload=said.offload,
+        compress=_choice(said),
+        bucket=said.bucket,
+        prefetch=said.prefetch,
         reason=why,
     )
 
@@ -183,6 +195,11 @@ def _problems(
         for problem in context.problems(sequence, spec.heads, said.tensor, said.context, kind):
             yield problem.removeprefix("layout")
     yield from _expert_problems(said, spec)
+    copies, parts = said.replicate, said.shard * said.context
+    if said.zero == 0 or (said.zero is None and said.shard == 1):
+        copies, parts = copies * parts, 1
+    for problem in compression_problems(_choice(said), replicate=copies, shard=parts):
+        yield problem.removeprefix("layout")
 
 
 def _tensor_problems(said: schema.Layout, spec: TransformerSpec, sequence: int) -> Iterator[str]:
@@ -240,9 +257,14 @@ def _pipeline_problems(said: schema.Layout, spec: TransformerSpec, microbatches:
         ranks=said.pipeline,
         stages_per_rank=virtual,
         microbatches=microbatches,
-        recompute=said.recompute != "none",
+        recompute=said.recompute == "full",  # attention alone has no weights
     ):
         yield f".schedule: {problem}"
+
+
+def _choice(said: schema.Layout) -> Choice:
+    compress = said.compress
+    return Choice(gradients=compress.gradients, parameters=compress.parameters, rank=compress.rank)
 
 
 def _virtual(said: schema.Layout) -> int:

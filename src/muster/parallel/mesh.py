@@ -72,6 +72,16 @@ class Mesh:
         return place.replicate == place.shard == place.context == place.tensor == 0
 
     @property
+    def copies_apart(self) -> int:
+        """Copies of the parameters that FSDP2 does not know of, because compression takes over their reduction."""
+        replicated = "replicate" in (self._dense.mesh_dim_names or ())
+        return self._dense["replicate"].size() if replicated and self.layout.compress.takes_over_copies else 1
+
+    @property
+    def is_first_copy(self) -> bool:
+        return self.copies_apart == 1 or self.groups["replicate"].rank() == 0
+
+    @property
     def counts_loss(self) -> bool:
         """False where another rank of the tensor axis holds the same loss."""
         return self.place.tensor == 0
@@ -124,7 +134,9 @@ class Mesh:
 
     def _data(self, view: DeviceMesh) -> DeviceMesh:
         replicated = "replicate" in (view.mesh_dim_names or ())
-        return view["replicate", "shard"] if replicated else view["shard"]
+        if replicated and not self.layout.compress.takes_over_copies:
+            return view["replicate", "shard"]
+        return view["shard"]
 
     def _context_group(self) -> Group:
         stride, size = self.layout.tensor, self.layout.context

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from muster.comm.compress import compress
 from muster.model.balance import update_bias
 from muster.model.moe import MoE
 from muster.model.spec import TransformerSpec
@@ -41,6 +42,9 @@ class ParallelModel:
             with torch.device("meta"):
                 self._parts[index] = Transformer(spec, layers)
             apply(self._parts[index], mesh, compute=compute, value=value)
+        self._compression = [
+            compress(part, mesh.layout.compress, mesh.groups) for part in self._parts.values()
+        ]
         self._pipeline = _pipeline(self._parts, spec, mesh, sequence, compute)
 
     def named_parameters(self) -> Named:
@@ -126,6 +130,12 @@ class ParallelModel:
         """Drop gathered parameters after scoring, so that the shards are in place."""
         for part in self._parts.values():
             data.free_gathered(part)
+
+    def forget_residuals(self) -> None:
+        """Drop what compressed gradients lost so far, which no checkpoint holds: a run that goes on stays equal to
+        one that resumes."""
+        for compression in self._compression:
+            compression.forget()
 
     def _sparse_layers(self) -> dict[int, MoE]:
         """The layers with experts on this rank, by their number in the model."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,12 @@ class Pipeline:
         self._loss_scale = 1.0
         self._losses: list[Tensor] = []
         self._torch_stages = [self._torch_stage(index) for index in self._stages]
-        self._schedule = _torch_schedule(schedule, self._torch_stages, microbatches, self._scaled_loss)
+        self._schedule: Any = get_schedule_class(SCHEDULES[schedule].torch_name)(
+            self._torch_stages if SCHEDULES[schedule].stages_per_rank > 1 else self._torch_stages[0],
+            microbatches,
+            loss_fn=self._scaled_loss,
+            scale_grads=False,
+        )
 
     @property
     def has_first(self) -> bool:
@@ -227,14 +233,3 @@ class Pipeline:
 def _begun(work: dist.Work | None) -> dist.Work:
     assert work is not None, "this rank is in its own pipeline"
     return work
-
-
-def _torch_schedule(
-    name: str, stages: list[RecordedStage], microbatches: int, loss: Callable[[Tensor, Tensor], Tensor]
-) -> dist.pipelining.schedules._PipelineSchedule:
-    kind = SCHEDULES[name]
-    one = kind.stages_per_rank == 1
-    built: dist.pipelining.schedules._PipelineSchedule = get_schedule_class(kind.torch_name)(
-        stages[0] if one else stages, microbatches, loss_fn=loss, scale_grads=False
-    )
-    return built

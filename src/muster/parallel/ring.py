@@ -76,6 +76,7 @@ class _RingAttention(torch.autograd.Function):
             # What the ranks before added to the gradients of these keys has had this step's time to arrive.
             if travelling is not None:
                 grad_kv += travelling.arrived()
+                travelling = None  # frees both its buffers before the next hop takes one
             travelling = _Hop(grad_kv, ctx.group)
         assert travelling is not None
         grad_k, grad_v = travelling.arrived().to(kv.dtype)  # the last hop is home

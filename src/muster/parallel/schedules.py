@@ -24,7 +24,8 @@ class Schedule:
     v_shaped: bool = False
     """Stages go down the ranks and back up, so that the first and the last stage share a rank."""
     splits_backward: bool = False
-    """The gradients of inputs and of weights are computed in two passes."""
+    """The gradients of inputs and of weights are computed in two passes. Gathered weights must then stay gathered
+    from forward to backward (FSDP2's reshard_after_forward=False): torch loses the gradients of others."""
     least_microbatches: Callable[[int], int] = lambda ranks: 1
     whole_rounds: bool = False
     """Microbatches come in rounds of about one for each rank, all of the same size."""

@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muster.parallel.collectives import all_gather
 from muster.parallel.context import Kind, chunk_count, chunks
 
 

@@ -1,13 +1,15 @@
 """When a pipeline's operations run and how much of the ranks' time is bubble, from their durations alone.
 
 Pure: plain data in, plain data out; no torch, no processes. Each rank runs its list in order; an operation starts
-once its rank is free and what it needs has been computed. What it does not model: anything between two
-operations other than a fixed transfer time, and ranks that slow each other down.
+once its rank is free and what it needs has arrived. What it does not model: ranks that slow each other down, and
+the same work taking longer at one time than at another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,17 +38,23 @@ class Operation:
     end_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Delays:
+    """What passes besides the operations."""
+
+    gap_s: float = 0.0
+    """From the end of an operation to the start of the next on the same rank."""
+    transfer_s: float = 0.0
+    """From the end of an operation to the start of one on another rank that waits for its result."""
+
+
 def simulate(
-    actions: Sequence[Sequence[Action]],
-    durations_s: Mapping[tuple[int, Kind], float],
-    *,
-    transfer_s: float = 0.0,
+    actions: Sequence[Sequence[Action]], duration_s: Callable[[Action], float], delays: Delays = Delays()
 ) -> list[Operation]:
     """Every operation of one step with its start and end, in order of their ends on each rank.
 
-    `actions` holds a list for each rank; `durations_s` how long a stage takes for a kind of work; `transfer_s` how
-    long an activation or a gradient is on its way to another rank. Raises ValueError where an operation waits for
-    one that never comes.
+    `actions` holds a list for each rank; `duration_s` says how long an action takes. Raises ValueError where an
+    operation waits for one that never comes.
     """
     stages = 1 + max(action.stage for own in actions for action in own)
     done: dict[Action, Operation] = {}
@@ -58,11 +66,11 @@ def simulate(
             while position[rank] < len(own):
                 action = own[position[rank]]
                 needs = [_finished(need, done) for need in _needs(action, stages)]
-                ready_s = [_arrival_s(need, rank, transfer_s) for need in needs if need is not None]
+                ready_s = [_arrival_s(need, rank, delays) for need in needs if need is not None]
                 if len(ready_s) < len(needs):
                     break
-                start_s = max([free_s[rank], *ready_s])
-                free_s[rank] = start_s + durations_s[action.stage, action.kind]
+                start_s = max([free_s[rank] + (delays.gap_s if position[rank] else 0.0), *ready_s])
+                free_s[rank] = start_s + duration_s(action)
                 done[action] = Operation(
                     rank, action.stage, action.kind, action.microbatch, start_s, free_s[rank]
                 )
@@ -84,12 +92,34 @@ def bubble_fraction(operations: Sequence[Operation]) -> float:
     return 1.0 - busy_s / (ranks * span_s)
 
 
-def mean_durations_s(operations: Sequence[Operation]) -> dict[tuple[int, Kind], float]:
-    """The mean duration of each (stage, kind) that was recorded."""
+def mean_duration_s(operations: Sequence[Operation]) -> Callable[[Action], float]:
+    """How long an action takes: the mean of the recorded operations of its stage and kind."""
     found: dict[tuple[int, Kind], list[float]] = {}
     for operation in operations:
         found.setdefault((operation.stage, operation.kind), []).append(operation.end_s - operation.start_s)
-    return {key: sum(values) / len(values) for key, values in found.items()}
+    means_s = {key: _mean(values) for key, values in found.items()}
+    return lambda action: means_s[action.stage, action.kind]
+
+
+def mean_delays(operations: Sequence[Operation]) -> Delays:
+    """The mean delays in one recorded step: gaps where nothing was waited for, transfers where something was."""
+    stages = 1 + max(operation.stage for operation in operations)
+    done = {_action(operation): operation for operation in operations}
+    gaps_s, transfers_s = [], []
+    for rank in {operation.rank for operation in operations}:
+        own = sorted((o for o in operations if o.rank == rank), key=lambda o: o.start_s)
+        for before, now in itertools.pairwise(own):
+            needs = [_finished(need, done) for need in _needs(_action(now), stages)]
+            ready_s = max((need.end_s for need in needs if need and need.rank != rank), default=-math.inf)
+            if ready_s <= before.end_s:
+                gaps_s.append(now.start_s - before.end_s)
+            else:
+                transfers_s.append(now.start_s - ready_s)
+    return Delays(gap_s=_mean(gaps_s), transfer_s=_mean(transfers_s))
+
+
+def _action(operation: Operation) -> Action:
+    return Action(operation.stage, operation.kind, operation.microbatch)
 
 
 def _needs(action: Action, stages: int) -> list[tuple[Action, ...]]:
@@ -109,5 +139,9 @@ def _finished(alternatives: tuple[Action, ...], done: Mapping[Action, Operation]
     return next((done[action] for action in alternatives if action in done), None)
 
 
-def _arrival_s(need: Operation, rank: int, transfer_s: float) -> float:
-    return need.end_s + (transfer_s if need.rank != rank else 0.0)
+def _arrival_s(need: Operation, rank: int, delays: Delays) -> float:
+    return need.end_s + (delays.transfer_s if need.rank != rank else 0.0)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

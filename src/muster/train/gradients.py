@@ -14,14 +14,17 @@ Named = Sequence[tuple[str, nn.Parameter]]
 """This rank's parameters, each once, by the undivided model's names."""
 
 
-def squared_norm(named: Named) -> float:
-    """This rank's share of the squared 2-norm of all gradients: the shares of all ranks sum to it."""
+def squared_norm(named: Named, copies_apart: int = 1) -> float:
+    """This rank's share of the squared 2-norm of all gradients: the shares of all ranks sum to it.
+
+    `copies_apart`: copies of each gradient that its placements do not tell of.
+    """
     by_copies: dict[int, list[Tensor]] = {}
     for _, parameter in named:
         if parameter.grad is not None:
             by_copies.setdefault(_copies(parameter.grad), []).append(_local(parameter.grad))
     return sum(
-        float(torch.stack(torch._foreach_norm(gradients)).double().square().sum()) / copies
+        float(torch.stack(torch._foreach_norm(gradients)).double().square().sum()) / (copies * copies_apart)
         for copies, gradients in by_copies.items()
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 
+from muster.comm.meter import Meter
 from muster.data.packing import Batch
 from muster.data.sampler import Sampler
 from muster.parallel.world import World
@@ -22,7 +23,7 @@ from muster.train.trainee import Trainee
 def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
     """Train to the end of the run, resuming where a sound checkpoint says; the last evaluation is returned."""
     trainee = Trainee(plan, world)
-    step = saves.resume(trainee, plan, world, report)
+    begun = step = saves.resume(trainee, plan, world, report)
     report.begin(step)
     sampler = Sampler(plan.corpus, plan.sequence, plan.run.train.seed)
     evaluation_due = Alarm(plan.run.train.eval_every if plan.corpus.held_out else None)
@@ -39,9 +40,13 @@ def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
             world.is_first and evaluation_due.rings(step + 1),
             world.is_first and checkpoint_due.rings(step + 1),
         )
-        update = trainee.update(step, batches, int(tokens))
+        # The second step is like all that follow; in the first, much is done once.
+        meter = Meter(trainee.mesh.groups) if step == begun + 1 and world.size > 1 else None
+        update = trainee.update(step, batches, int(tokens), meter=meter)
         step += 1
         report.step(step, update)
+        if meter is not None:
+            report.traffic(meter.traffic)
         if evaluate_now and step < plan.steps:
             last_evaluation = trainee.evaluate(plan.corpus, limit_tokens=plan.run.train.eval_tokens)
             report.evaluation(step, last_evaluation)

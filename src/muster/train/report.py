@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import torch
 
+from muster.comm.traffic import Traffic
+from muster.observe.format import size
 from muster.observe.peak import gemm_peak_flops
 from muster.observe.progress import RunProgress
 from muster.observe.records import RunLog
@@ -69,6 +71,13 @@ class Report:
             "eta_s": (self._plan.steps - step) * self._window.seconds / self._window.steps,
         }
         self._record(step, record)
+        self._window = _Window()
+
+    def traffic(self, traffic: Traffic) -> None:
+        """What the first rank sends in the passes of one step."""
+        by_axis = traffic.sent_bytes_by_axis()
+        said = ", ".join(f"{axis} {size(sent)}" for axis, sent in by_axis.items())
+        self.note("traffic", f"a step sends {said or 'nothing'} from the first rank", sent_bytes=by_axis)
         self._window = _Window()
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from muster.checkpoint.state import WEIGHTS, read_shards
+from muster.comm.meter import Meter
 from muster.data.dataset import Corpus
 from muster.data.evaluation import EvaluationBatches
 from muster.data.packing import Batch
@@ -77,18 +79,21 @@ class Trainee:
             scratch=plan.folder if plan.layout.offload == "disk" else None,
         )
 
-    def update(self, step: int, batches: Sequence[Batch], tokens: int) -> Update:
+    def update(
+        self, step: int, batches: Sequence[Batch], tokens: int, *, meter: Meter | None = None
+    ) -> Update:
         """One optimizer step from this rank's microbatches; `tokens` are the valid ones of the global batch.
 
         The loss of a step is the summed cross entropy over the global batch divided by its
-        valid tokens, never a mean of means, so no layout changes it.
+        valid tokens, never a mean of means, so no layout changes it. A `meter` counts what the passes send.
         """
         seed_step(self.plan.run.train.seed, step)
         coefficient = (self.balance.coefficient if self.balance else None) or 0.0
-        summed = self.model.train([self._inputs(batch) for batch in batches], 1 / tokens, coefficient)
+        with meter or contextlib.nullcontext():
+            summed = self.model.train([self._inputs(batch) for batch in batches], 1 / tokens, coefficient)
         load = self.model.take_load()
         named = self.model.named_parameters()
-        total, square = self.world.sum(float(summed), gradients.squared_norm(named))
+        total, square = self.world.sum(float(summed), gradients.squared_norm(named, self.mesh.copies_apart))
         norm = math.sqrt(square)
         if not math.isfinite(norm):
             raise TrainingError(
@@ -126,7 +131,7 @@ class Trainee:
         return evaluation
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint holds as tensors, by name; shards of this rank."""
+        """Everything a checkpoint holds as tensors, by name; shards of this rank, of copies the first one's."""
         return {name: tensor for name, tensor in self._everything().items() if _COPY not in name}
 
     def restore(self, folder: Path, step: int) -> None:

@@ -120,7 +120,7 @@ def train_case(case: Case, folder: Path) -> None:
     with join(_TIMEOUT_S) as world:
         layout = resolve(run, case.spec, cores=1, gpus=0, ranks=world.size)
         training = Training(
-            run=run, folder=folder, spec=case.spec, layout=layout, model_folder=None,
+            run=run, folder=folder, spec=case.spec, layout=layout, attention="", model_folder=None,
             sequence=case.spec.context, steps=case.steps,
         )  # fmt: skip
         trainee = Trainee(training, world)
@@ -130,7 +130,8 @@ def train_case(case: Case, folder: Path) -> None:
             ranges = microbatch_ranges(training, trainee.mesh.data_index, 0)
             batches = [_rows(whole, rows) for rows in ranges]
             updates.append(trainee.update(step, batches, whole.valid_tokens))
-        write_shards(trainee.state(), folder, world.rank, owns_whole=trainee.mesh.is_first_of_stage)
+        state = trainee.state() if trainee.mesh.is_first_copy else {}
+        write_shards(state, folder, world.rank, owns_whole=trainee.mesh.is_first_of_stage)
         world.barrier()
         if world.is_first:
             collect_sums(folder, world.size)

@@ -36,6 +36,8 @@ def test_tallies_add_up_by_axis() -> None:
     traffic.count("context", "all-to-all", 10, 2, kept_bytes=9)
     assert traffic["shard", "all-gather"] == Tally(2, 160, 80)
     assert traffic.sent_bytes_by_axis() == {"shard": 100, "context": 1}
+    traffic.add(traffic, times=2)
+    assert traffic["shard", "all-gather"] == Tally(6, 480, 240)
 
 
 UNITS = [Unit(shapes=((20, 4), (20,)), regathers=True), Unit(shapes=((10,),), regathers=False)]

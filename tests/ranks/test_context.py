@@ -12,7 +12,7 @@ from torch import Tensor
 from muster.model.attend import attend
 from muster.parallel.context import Kind
 from muster.parallel.ring import Ring
-from muster.parallel.sequence import split, unsplit
+from muster.parallel.sequence import split
 from muster.parallel.ulysses import Ulysses
 from muster.parallel.world import join
 
@@ -40,8 +40,6 @@ def apart(kind: Kind, tensors: list[Tensor], documents: Tensor | None, window: i
     """Output and gradients of q, k, v, computed on split sequences and put together again."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     q, k, v, upstream = (split(x, 2, rank=rank, ranks=ranks, kind=kind) for x in tensors)
-    if documents is not None:
-        documents = split(documents, 1, rank=rank, ranks=ranks, kind=kind)
     # What a transformer passes: heads and tokens swapped by a view.
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v))
     assert dist.group.WORLD is not None
@@ -50,8 +48,18 @@ def apart(kind: Kind, tensors: list[Tensor], documents: Tensor | None, window: i
     for part in (out, *torch.autograd.grad(out, (q, k, v), upstream)):
         parts = [torch.empty_like(part.contiguous()) for _ in range(ranks)]
         dist.all_gather(parts, part.detach().contiguous())
-        wholes.append(unsplit(parts, 2, kind=kind))
+        wholes.append(unsplit(parts, kind))
     return wholes
+
+
+def unsplit(parts: list[Tensor], kind: Kind) -> Tensor:
+    """The whole (B, H, T, D) that `split` gave these parts of, in the order of ranks."""
+    whole = torch.cat(parts, 2)
+    at = [
+        split(torch.arange(whole.shape[2]), 0, rank=rank, ranks=len(parts), kind=kind)
+        for rank in range(len(parts))
+    ]
+    return whole[:, :, torch.cat(at).argsort()]
 
 
 def together(tensors: list[Tensor], documents: Tensor | None, window: int | None) -> list[Tensor]:

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 from muster.model.attend import attend
 from muster.parallel.ring import Ring
-from muster.parallel.sequence import split
 from muster.parallel.world import join
 
 D, FP32 = 16, 4
@@ -56,8 +55,7 @@ def ring_peaks(lengths: list[int], document_tokens: int) -> list[int]:
     with join(timeout_s=600) as world:
         assert dist.group.WORLD is not None
         for length in lengths:
-            whole = torch.arange(length)[None] // document_tokens
-            documents = split(whole, 1, rank=world.rank, ranks=world.size, kind="ring")
+            documents = torch.arange(length)[None] // document_tokens
             peaks.append(peak_bytes(Ring(dist.group.WORLD), length // world.size, documents))
     return peaks
 

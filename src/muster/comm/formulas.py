@@ -41,8 +41,9 @@ def zero_traffic(
     microbatches: int,
     parameter_bytes: int,
     choice: Choice,
+    of: str = "",
 ) -> Traffic:
-    """One rank's traffic of one step, over the axes `shard` and `replicate`.
+    """One rank's traffic of one step, over the axes `shard` and `replicate`, whose names begin with `of`.
 
     `parameter_bytes` is the size of one element when gathered; `choice` says in what form gradients travel.
     """
@@ -51,11 +52,11 @@ def zero_traffic(
         gathers = 1 if zero <= 1 else microbatches * (2 if zero == 3 and unit.regathers else 1)
         reduces = 1 if zero <= 1 else microbatches
         for kind, payload in _gather(unit, choice, shard, parameter_bytes) * gathers:
-            traffic.count("shard", kind, payload, shard)
+            traffic.count(of + "shard", kind, payload, shard)
         for kind, payload in _scatter(unit, choice, shard) * reduces:
-            traffic.count("shard", kind, payload, shard)
+            traffic.count(of + "shard", kind, payload, shard)
         for kind, payload in _between_copies(unit, choice, replicate) * reduces:
-            traffic.count("replicate", kind, payload, replicate)
+            traffic.count(of + "replicate", kind, payload, replicate)
     return traffic
 
 

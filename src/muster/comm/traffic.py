@@ -39,18 +39,36 @@ class Tally:
             self.sent_bytes + other.sent_bytes,
         )
 
+    def __mul__(self, times: int) -> Tally:
+        return Tally(self.calls * times, self.payload_bytes * times, self.sent_bytes * times)
+
 
 class Traffic(dict[tuple[str, Kind], Tally]):
     """Tallies by (axis, kind); two are equal when every figure is."""
 
     def count(
-        self, axis: str, kind: Kind, payload_bytes: int, ranks: int, *, kept_bytes: int | None = None
+        self,
+        axis: str,
+        kind: Kind,
+        payload_bytes: int,
+        ranks: int,
+        *,
+        kept_bytes: int | None = None,
+        times: int = 1,
     ) -> None:
-        """Add one collective of a group of `ranks`; `kept_bytes` of an uneven all-to-all stay on this rank."""
+        """Add `times` equal collectives of a group of `ranks`; `kept_bytes` of an uneven all-to-all stay on this
+        rank."""
         sent = sent_bytes(kind, payload_bytes, ranks)
         if kept_bytes is not None:
             sent = payload_bytes - kept_bytes
-        self[axis, kind] = self.get((axis, kind), Tally()) + Tally(1, payload_bytes, sent)
+        if times:
+            self._add(axis, kind, Tally(1, payload_bytes, sent) * times)
+
+    def add(self, other: Traffic, *, times: int = 1) -> None:
+        """Add all of `other`, `times` times."""
+        for (axis, kind), tally in other.items():
+            if times:
+                self._add(axis, kind, tally * times)
 
     def sent_bytes_by_axis(self) -> dict[str, int]:
         """What this rank sends over each axis."""
@@ -58,6 +76,9 @@ class Traffic(dict[tuple[str, Kind], Tally]):
         for (axis, _), tally in self.items():
             total[axis] = total.get(axis, 0) + tally.sent_bytes
         return total
+
+    def _add(self, axis: str, kind: Kind, tally: Tally) -> None:
+        self[axis, kind] = self.get((axis, kind), Tally()) + tally
 
 
 def sent_bytes(kind: Kind, payload_bytes: int, ranks: int) -> int:

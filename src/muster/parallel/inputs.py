@@ -16,11 +16,11 @@ from muster.parallel.sequence import split
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Rows of tokens as the model takes them; under context parallelism, this rank's tokens of each row."""
+    """Rows of tokens as the model takes them; under context parallelism, this rank's T / ranks tokens of each row."""
 
     tokens: Tensor  # (B, T)
     targets: Tensor | None = None  # (B, T)
-    documents: Tensor | None = None  # (B, T), where any row holds a border between two
+    documents: Tensor | None = None  # (B, T) of whole rows always, where any holds a border between two
     positions: Tensor | None = None  # (B, T), where they are not 0..T-1
 
     def named(self) -> dict[str, Any]:
@@ -42,7 +42,10 @@ class Inputs:
         ]
 
     def own_tokens(self, *, rank: int, ranks: int, kind: Kind) -> Inputs:
-        """What one rank of the context axis gets of these rows, (B, T / ranks) of each, and where its tokens stand."""
+        """What one rank of the context axis gets of these rows, (B, T / ranks) of each, and where its tokens stand.
+
+        Its queries meet the keys of all tokens, so it keeps all of `documents`.
+        """
 
         def part(x: Tensor) -> Tensor:
             return split(x, 1, rank=rank, ranks=ranks, kind=kind)
@@ -52,23 +55,30 @@ class Inputs:
         return Inputs(
             part(self.tokens),
             None if self.targets is None else part(self.targets),
-            None if self.documents is None else part(self.documents),
+            self.documents,
             part(positions_in_document(documents)),
         )
 
     @classmethod
     def join(cls, pieces: Sequence[Inputs]) -> Inputs:
         """The rows of all pieces, which are alike but for whether they hold borders between documents."""
-        documents = None
-        if any(piece.documents is not None for piece in pieces):
-            one = [torch.zeros_like(p.tokens) if p.documents is None else p.documents for p in pieces]
-            documents = torch.cat([part.int() for part in one])
         return cls(
             torch.cat([piece.tokens for piece in pieces]),
             _joined([piece.targets for piece in pieces]),
-            documents,
+            _joined_documents(pieces),
             _joined([piece.positions for piece in pieces]),
         )
+
+
+def _joined_documents(pieces: Sequence[Inputs]) -> Tensor | None:
+    """A piece without borders has one document a row."""
+    like = next((piece.documents for piece in pieces if piece.documents is not None), None)
+    if like is None:
+        return None
+    found = [
+        like.new_zeros(len(p.tokens), like.shape[1]) if p.documents is None else p.documents for p in pieces
+    ]
+    return torch.cat([documents.int() for documents in found])
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

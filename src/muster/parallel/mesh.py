@@ -11,6 +11,7 @@ which is taken out of shard x context, and the rest of it shards what each exper
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -105,11 +106,15 @@ class Mesh:
     def groups(self) -> dict[str, Group]:
         """The process group of each axis with more than one rank that this rank communicates along."""
         found: dict[str, Group] = {}
-        for view in (self._dense, self._sparse):
-            for axis, size in zip(view.mesh_dim_names or (), view.shape, strict=True):
-                if size > 1:
-                    name = "expert shard" if view is not self._dense and axis == "shard" else axis
-                    found.setdefault(name, view.get_group(axis))
+        for axis, size in _axes(self._dense):
+            if size > 1:
+                found[axis] = self._dense.get_group(axis)
+        if self._sparse is not self._dense:
+            # Each view has groups of its own: these are what FSDP2 uses for experts.
+            for axis, size in _axes(self._sparse):
+                if size > 1 and axis in ("shard", "replicate"):
+                    found[f"expert {axis}"] = self._sparse.get_group(axis)
+            found["expert"] = self._sparse.get_group("expert")
         if self.layout.context > 1:
             found["context"] = self._context_group()
         return found
@@ -128,9 +133,12 @@ class Mesh:
         }
         # FSDP2 wants a shard axis even where it has one rank; each other one would make groups for nothing.
         kept = {axis: size for axis, size in sizes.items() if size > 1 or axis == "shard"}
+        # Where the expert axis is the whole world, torch would give it the group that shards already go through;
+        # tokens on their way to experts would then queue behind the gathering of parameters.
+        backends = {"expert": dist.get_backend_config()} if "expert" in kept else None
         # Private, because torch has no public way to name two groupings of the same ranks: FSDP2 takes a
         # parameter that is already divided only if both meshes have one root.
-        return self._world._unflatten(0, tuple(kept.values()), tuple(kept))
+        return self._world._unflatten(0, tuple(kept.values()), tuple(kept), backends)  # type: ignore[arg-type]
 
     def _data(self, view: DeviceMesh) -> DeviceMesh:
         replicated = "replicate" in (view.mesh_dim_names or ())
@@ -144,3 +152,7 @@ class Mesh:
         members = [list(range(start, start + stride * size, stride)) for start in starts]
         own: Group = dist.new_subgroups_by_enumeration(members)[0]  # type: ignore[no-untyped-call]
         return own
+
+
+def _axes(view: DeviceMesh) -> Iterator[tuple[str, int]]:
+    return zip(view.mesh_dim_names or (), view.shape, strict=True)

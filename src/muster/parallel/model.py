@@ -20,7 +20,8 @@ from muster.model.transformer import Transformer
 from muster.parallel import data, stages
 from muster.parallel.apply import Value, apply
 from muster.parallel.inputs import Inputs
-from muster.parallel.mesh import Mesh
+from muster.parallel.layout import Layout
+from muster.parallel.mesh import Mesh, Place
 from muster.parallel.pipeline import Activations, Pipeline
 from muster.parallel.schedules import stages_of_rank
 
@@ -38,7 +39,7 @@ class ParallelModel:
         """
         self.mesh, self._spec = mesh, spec
         self._parts: dict[int, Transformer] = {}
-        for index, layers in _layers_of_rank(spec, mesh, sequence).items():
+        for index, layers in layers_of_rank(spec, mesh.layout, mesh.place, sequence).items():
             with torch.device("meta"):
                 self._parts[index] = Transformer(spec, layers)
             apply(self._parts[index], mesh, compute=compute, value=value)
@@ -159,14 +160,13 @@ class ParallelModel:
             pipeline.sum_tied([g.to_local() if isinstance(g, DTensor) else g for g in gradients])
 
 
-def _layers_of_rank(spec: TransformerSpec, mesh: Mesh, sequence: int) -> dict[int, range]:
-    """The layers of each stage that this rank holds, by the stage's index."""
-    layout = mesh.layout
+def layers_of_rank(spec: TransformerSpec, layout: Layout, place: Place, sequence: int) -> dict[int, range]:
+    """The layers of each stage that a rank holds, by the stage's index."""
     if layout.split is None:
         ranges = stages.split(stages.costs(spec, sequence), layout.pipeline * layout.virtual)
     else:
         ranges = stages.explicit(layout.split)
-    own = stages_of_rank(layout.schedule, mesh.place.pipeline, layout.pipeline, layout.virtual)
+    own = stages_of_rank(layout.schedule, place.pipeline, layout.pipeline, layout.virtual)
     return {index: ranges[index] for index in own}
 
 

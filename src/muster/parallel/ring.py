@@ -17,7 +17,6 @@ from torch import Tensor
 
 from muster.model.partial import Outcome, Running, Sight, attend_part_, grad_part_
 from muster.parallel.context import chunks
-from muster.parallel.sequence import gather
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +28,12 @@ class Ring:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None = None, window: int | None = None
     ) -> Tensor:
-        """`muster.model.attend.attend` for q (B, H, T/C, D), k and v (B, K, T/C, D), documents (B, T/C)."""
-        if documents is not None:
-            documents = gather(documents, self.group, kind="ring")
+        """`muster.model.attend.attend` for q (B, H, T/C, D), k and v (B, K, T/C, D), documents (B, T)."""
         out: Tensor = _RingAttention.apply(q, k, v, documents, window, self.group)  # type: ignore[no-untyped-call]
         return out
 
 
 class _RingAttention(torch.autograd.Function):
-    """documents (B, T) are those of the whole sequence."""
-
     @staticmethod
     def forward(
         ctx: Any,

@@ -94,26 +94,38 @@ def plan_of(name: str) -> int | str:
     raise LookupError(f"tensor parallelism has no entry for {name}: add it to PLAN in parallel/tensor.py")
 
 
+def divided_dim(name: str, *, kv_heads: int, ranks: int) -> int | None:
+    """The dim of a parameter that the tensor axis divides; None where every rank holds it whole."""
+    kind = plan_of(name)
+    if kind == "heads":
+        return None if kv_heads % ranks else 0
+    return kind if isinstance(kind, int) else None
+
+
+def is_summed(name: str, *, kv_heads: int, ranks: int, sequence: bool) -> bool:
+    """Whether every rank holds a parameter whole, but has only its part of the gradient."""
+    if divided_dim(name, kv_heads=kv_heads, ranks=ranks) is not None:
+        return False
+    # Without sequence parallelism every rank computes with the same tokens, and so the same gradient.
+    return sequence or plan_of(name) != "between"
+
+
 View = Callable[[DTensor], Tensor]
 
 
 def _treatment(name: str, model: Transformer, mesh: DeviceMesh, *, sequence: bool) -> tuple[Placement, View]:
     """How a parameter is stored on the tensor axis, and what a module sees of it there."""
-    kind = plan_of(name)
-    ranks, rank = mesh.size(), mesh.get_local_rank()
-    if kind == "heads":
-        kv_heads = model.spec.kv_heads
-        if kv_heads % ranks:
-            first = rank * kv_heads // ranks * model.spec.head_dim
-            own = slice(first, first + model.spec.head_dim)
-            return Replicate(), lambda parameter: _part_of_whole(parameter)[own]
-        kind = 0
-    if isinstance(kind, int):
-        return Shard(kind), DTensor.to_local
-    if kind == "between" and not sequence:
-        # Every rank computes with the same tokens, and so the same gradient.
+    kv_heads, ranks, rank = model.spec.kv_heads, mesh.size(), mesh.get_local_rank()
+    dim = divided_dim(name, kv_heads=kv_heads, ranks=ranks)
+    if dim is not None:
+        return Shard(dim), DTensor.to_local
+    if not is_summed(name, kv_heads=kv_heads, ranks=ranks, sequence=sequence):
         return Replicate(), DTensor.to_local
-    if kind == "once":
+    if plan_of(name) == "heads":
+        first = rank * kv_heads // ranks * model.spec.head_dim
+        own = slice(first, first + model.spec.head_dim)
+        return Replicate(), lambda parameter: _part_of_whole(parameter)[own]
+    if plan_of(name) == "once":
         return Replicate(), lambda parameter: _part_of_whole(parameter) * float(rank == 0)
     return Replicate(), _part_of_whole
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from muster.model.attend import attend
-from muster.parallel.sequence import gather
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +25,13 @@ class Ulysses:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None = None, window: int | None = None
     ) -> Tensor:
-        """`muster.model.attend.attend` for q (B, H, T/C, D), k and v (B, K, T/C, D), documents (B, T/C)."""
+        """`muster.model.attend.attend` for q (B, H, T/C, D), k and v (B, K, T/C, D), documents (B, T)."""
         C, K = dist.get_world_size(self.group), k.shape[1]
         # As many kv heads as C divides. lcm(K, C) divides H because both do, so the groups of heads stay whole.
         copies = math.lcm(K, C) // K
         if copies > 1:
             k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
         q, k, v = self._trade_tokens_for_heads(q, k, v)
-        if documents is not None:
-            documents = gather(documents, self.group, kind="ulysses")
         return self._trade_heads_for_tokens(attend(q, k, v, documents=documents, window=window))
 
     def _trade_tokens_for_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from muster.model.loss import IGNORED
 
-_CHUNK_ROWS = 512
+CHUNK_ROWS = 512
+"""Rows of hidden states whose logits are made at a time."""
 
 
 class ParallelCrossEntropy:
@@ -38,8 +39,8 @@ class _ParallelCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_gradient else hidden.new_empty(0)
         grad_weight = torch.zeros_like(weight) if wants_gradient else weight.new_empty(0)
-        for start in range(0, hidden.shape[0], _CHUNK_ROWS):
-            rows = slice(start, start + _CHUNK_ROWS)
+        for start in range(0, hidden.shape[0], CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
             logits = (hidden[rows] @ weight.t()).float()  # (n, V / ranks)
             loss, gradient = _loss_and_gradient(logits, targets[rows], first, group)
             total += loss

@@ -42,7 +42,7 @@ def make(model: dict[str, Any], optimizer: str, layout: dict[str, Any]) -> Case:
         (DENSE, "muon", {"pipeline": 2, "context": 2}, {"tensor": 2, "pipeline": 2, "schedule": "interleaved"}),
         (TIED, "muon", {"pipeline": 4, "split": [1, 1, 1, 1]}, {"tensor": 4}),
         (EXPERTS, "adamw", {"shard": 2, "expert": 2, "tensor": 2}, {"context": 2, "shard": 2, "expert": 4}),
-        (EXPERTS, "muon", {"context": 2, "expert": 2}, {"shard": 2, "expert": 2, "pipeline": 2, "schedule": "dualpipev"}),
+        (EXPERTS, "muon", {"context": 2, "expert": 2}, {"shard": 2, "expert": 2, "pipeline": 2, "schedule": "zbv"}),
         (SHARED, "adamw", {"tensor": 2, "sequence_parallel": False}, {"replicate": 2, "offload": "cpu"}),
     ],
     ids=str,

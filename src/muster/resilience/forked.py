@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import socket
 import time
 import traceback
@@ -35,7 +36,7 @@ class ForkedRanks:
         TrainingError with the traceback of the first rank that fails, whose file is `errors`; the others are ended.
         """
         errors.unlink(missing_ok=True)
-        port = _free_port()
+        port = free_port()
         processes = [
             self._context.Process(
                 target=_rank, args=(rank, ranks, port, errors, work, arguments), daemon=True
@@ -91,7 +92,12 @@ def _rank(
     os._exit(0)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Below those that systems give out by themselves: somebody's connection would take one before a rank does."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        while True:
+            try:
+                probe.bind(("127.0.0.1", 20_000 + secrets.randbelow(10_000)))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])

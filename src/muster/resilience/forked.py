@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import secrets
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -74,6 +75,7 @@ class ForkedRanks:
 def _rank(
     rank: int, ranks: int, port: int, errors: Path, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     place = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -90,6 +92,14 @@ def _rank(
             errors.write_text(traceback.format_exc())
         os._exit(1)
     os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """Whatever ends the process that asked for ranks, `kill -9` too: the one that forked them waits for them."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def free_port() -> int:

@@ -25,7 +25,10 @@ types: setup
 bench: setup
 	$(BIN)/python benchmarks/train_cpu.py --json benchmarks/results/train_cpu.json
 	$(BIN)/python benchmarks/attention_cpu.py --json benchmarks/results/attention_cpu.json
+	$(BIN)/python benchmarks/microbatch_cpu.py --json benchmarks/results/microbatch_cpu.json
+	$(BIN)/python benchmarks/deepspeed_cpu.py --json benchmarks/results/deepspeed_cpu.json
 	$(BIN)/python benchmarks/tokenizing.py --json benchmarks/results/tokenizing.json
+	$(BIN)/python benchmarks/pipeline_bubble.py --json benchmarks/results/pipeline_bubble.json
 	$(BIN)/python benchmarks/muon.py --json benchmarks/results/muon.json
 
 readme: setup

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from train_cpu import machine
+from cells import machine
 
 from muster.model.blocked import BlockedAttention
 from muster.parallel.world import keep_freed_memory

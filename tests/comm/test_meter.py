@@ -95,6 +95,27 @@ def tensor_and_shard() -> Traffic:
         return meter.traffic
 
 
+def test_units_know_parts_that_the_tensor_axis_divided_unevenly(run_ranks: Any) -> None:
+    rows = []
+    for elements, payload in run_ranks(4, uneven):
+        assert payload == elements * 2 * 4
+        rows.append(elements // 8)
+    assert rows == [2, 1, 2, 1], (
+        "5 rows are 3 and 2 over the tensor axis, halves of which are padded to 2 and 1"
+    )
+
+
+def uneven() -> tuple[int, int]:
+    with join():
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+        model = torch.nn.Linear(8, 5, bias=False)
+        parallelize_module(model, mesh["tensor"], ColwiseParallel())
+        fully_shard(model, mesh=mesh["shard"])
+        with Meter({axis: mesh.get_group(axis) for axis in ("shard", "tensor")}) as meter:
+            (model(torch.ones(3, 8)) * 1.0).sum().backward()
+        return zero_units(model)[0].elements, meter.traffic["shard", "reduce-scatter"].payload_bytes
+
+
 LAYOUTS = [
     {"replicate": replicate, "shard": shard, "zero": zero}
     for replicate, shard, zero in [

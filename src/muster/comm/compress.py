@@ -2,7 +2,8 @@
 
 bf16 and fp16 are FSDP2's `MixedPrecisionPolicy(reduce_dtype=...)`. For int8 and powersgd the
 reduction over copies is ours (`Choice.takes_over_copies`): FSDP2 must be given the shard axis alone, and
-averages over it, so each copy's loss is scaled as ever.
+averages over it, so each copy's loss is scaled as ever. Parameters are then DTensors that do not show
+that other ranks hold copies: whoever sums over ranks or picks one to save must know from the layout.
 
 Residuals are not in checkpoints: they are private to a rank, for int8 larger than the rank's weights, and
 mean nothing on another layout. Call `forget()` whenever a checkpoint is written: both

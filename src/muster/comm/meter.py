@@ -29,16 +29,16 @@ OTHER = "other"
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Use as a context manager around a step; `traffic` is what this rank took part in.
 
-    `groups` names the process group of each axis. Where one group serves two axes (a mesh may
-    use the default group for an axis that spans the world), the first named is charged.
+    `groups` names the process group of each axis; another group of the same ranks counts as the same axis (two
+    views of a mesh have a group each). An axis that spans the world may use the default group, and is
+    then charged for what is summed over the world.
     """
 
     def __init__(self, groups: Mapping[str, dist.ProcessGroup]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.traffic = Traffic()
-        self._axes: dict[str, str] = {}
-        for axis, group in groups.items():
-            self._axes.setdefault(group.group_name, axis)
+        self._by_name = {group.group_name: axis for axis, group in groups.items()}
+        self._by_ranks = {_ranks(group): axis for axis, group in groups.items()}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -53,6 +53,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._record(func, args)
         return func(*args, **(kwargs or {}))
 
+    def _axis(self, group: dist.ProcessGroup) -> str:
+        return self._by_name.get(group.group_name) or self._by_ranks.get(_ranks(group), OTHER)
+
     def _record(self, func: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
         name = func._schema.name
         if name in _SILENT:
@@ -63,8 +66,11 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         group = _group(args)
         payload = whole_bytes(args, group)
         kept = _kept_bytes(args, payload, group) if kind == "all-to-all" else None
-        axis = self._axes.get(group.group_name, OTHER)
-        self.traffic.count(axis, kind, payload, group.size(), kept_bytes=kept)
+        self.traffic.count(self._axis(group), kind, payload, group.size(), kept_bytes=kept)
+
+
+def _ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def _group(args: tuple[Any, ...]) -> dist.ProcessGroup:

@@ -11,6 +11,8 @@ Vectors, and matrices that a product would not shorten, are averaged whole, in t
 as the P. Where a shard axis divides the matrices, each rank compresses its own part: its
 (padded) rows. Parameters of more dims count as matrices of their last dim.
 
+It runs whenever FSDP2 reduces: once a step under ZeRO-0 and 1, every microbatch under ZeRO-2 and 3.
+
 The residual takes one fp32 gradient shard, 4 / shards bytes a parameter. Copies stay bitwise equal as long as
 their machines orthogonalise the same bits to the same bits, so all must be of one kind.
 """

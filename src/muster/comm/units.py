@@ -36,12 +36,19 @@ def unit_parameters(unit: FSDPModule) -> list[DTensor]:
 
 
 def padded_shard_shape(parameter: DTensor) -> tuple[int, ...]:
-    """Shape of one rank's part of a parameter in the buffers, the same on every rank of an axis."""
-    shape = list(parameter.shape)
-    for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
-        if not isinstance(placement, Replicate):
-            dim = placement.dim  # type: ignore[attr-defined]
-            shape[dim] = -(-shape[dim] // size)
+    """Shape of this rank's part of a parameter in the buffers: equal along the axis `shard`, which FSDP2 pads, while
+    other axes may have divided it unevenly before."""
+    mesh, shape = parameter.device_mesh, list(parameter.shape)
+    coordinate, names = mesh.get_coordinate(), mesh.mesh_dim_names
+    assert coordinate is not None
+    assert names is not None
+    axes = list(zip(names, mesh.shape, coordinate, parameter.placements, strict=True))
+    for axis, size, index, placement in sorted(axes, key=lambda entry: entry[0] == "shard"):
+        if isinstance(placement, Replicate):
+            continue
+        dim = placement.dim  # type: ignore[attr-defined]
+        part = -(-shape[dim] // size)
+        shape[dim] = part if axis == "shard" else min(max(shape[dim] - index * part, 0), part)
     return tuple(shape)
 
 

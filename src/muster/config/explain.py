@@ -8,8 +8,9 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from muster.config.document import KeyPath
+from muster.config.fields import BRANCHES
 from muster.config.outline import help_of, homes_of, keys_of, sections_of
-from muster.config.schema import BRANCHES, Run
+from muster.config.schema import Run
 
 _LATER: dict[KeyPath, frozenset[str]] = {
     (): frozenset({"distill", "quantize", "faults", "swarm", "plan", "observe", "launch"}),

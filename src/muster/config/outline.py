@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any, get_args, get_type_hints
+
+from pydantic.dataclasses import is_pydantic_dataclass
 
 from muster.config.schema import Run
 
@@ -42,9 +44,8 @@ def written(name: str) -> str:
 
 
 def _dataclasses(hint: Any) -> Iterator[Any]:
-    if isinstance(hint, type) and is_dataclass(hint):
-        if hint.__module__ == Run.__module__:  # and not a unit, such as Every
-            yield hint
+    if isinstance(hint, type) and is_pydantic_dataclass(hint):  # and not a unit, such as Every
+        yield hint
         return
     for argument in get_args(hint):
         yield from _dataclasses(argument)

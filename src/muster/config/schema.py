@@ -10,24 +10,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, model_validator
+from pydantic import Field, Tag, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
+from muster.config.fields import STRICT, Flag, ListOrText, Number, Positive, SectionOrWord
+from muster.config.layout import Layout as Layout
 from muster.config.units import Every, Fraction, Interval, Seconds, Tokens
 
-_STRICT = ConfigDict(
-    extra="forbid", use_attribute_docstrings=True, populate_by_name=True, allow_inf_nan=False
-)
-
-# A union is told apart by its shape alone, so that a fault is reported for the branch that was meant.
-_SectionOrWord = Discriminator(lambda value: "<word>" if isinstance(value, str) else "<section>")
-_ListOrText = Discriminator(lambda value: "<list>" if isinstance(value, list) else "<text>")
-BRANCHES = frozenset({"<section>", "<word>", "<list>", "<text>"})
-"""Names of the branches; they occur in the paths of validation errors, but not in the file."""
-
-Number = Annotated[float, Field(strict=True)]
-Flag = Annotated[bool, Field(strict=True)]
-Positive = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "qwen3_moe", "dots1"]
 SPARSE = ("mixtral", "qwen3_moe", "dots1")
 """Families in which every layer has experts."""
@@ -35,7 +24,7 @@ EXPERT_SIZES = ("experts", "experts_per_token", "expert_ffn", "shared_ffn")
 """What is said of experts only."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Model:
     """What is trained: a new model (`family` and sizes, or a `preset`), or an existing one (`from`)."""
 
@@ -117,12 +106,12 @@ class Model:
         return self
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Source:
     """One source of text and its share of the training tokens."""
 
     files: (
-        Annotated[Annotated[str, Tag("<text>")] | Annotated[list[str], Tag("<list>")], _ListOrText] | None
+        Annotated[Annotated[str, Tag("<text>")] | Annotated[list[str], Tag("<list>")], ListOrText] | None
     ) = None
     """Glob(s) of text, source code, .jsonl or .parquet files, relative to the run file; `stdlib:**/*.py`
     is the running Python's own standard library."""
@@ -142,7 +131,7 @@ class Source:
         return self
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class TrainTokenizer:
     """A tokenizer trained on the training documents."""
 
@@ -152,7 +141,7 @@ class TrainTokenizer:
     """Vocabulary size, special tokens included."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Data:
     """Where the tokens come from."""
 
@@ -162,7 +151,7 @@ class Data:
     """Share of the documents (files, or records of .jsonl and .parquet) kept out of training for
     evaluation, chosen by a hash of each document's name."""
     tokenizer: (
-        Annotated[Annotated[TrainTokenizer, Tag("<section>")] | Annotated[str, Tag("<word>")], _SectionOrWord]
+        Annotated[Annotated[TrainTokenizer, Tag("<section>")] | Annotated[str, Tag("<word>")], SectionOrWord]
         | None
     ) = None
     """`{train: bpe, vocab: N}`, byte, or the path of a tokenizer.json. Default: that of `model.from`,
@@ -171,7 +160,7 @@ class Data:
     """Attention does not cross from one document into the next one packed behind it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Optimizer:
     """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the matrices of the blocks."""
 
@@ -201,7 +190,7 @@ class Optimizer:
         return self
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Schedule:
     """The learning rate over the run."""
 
@@ -223,7 +212,7 @@ class Schedule:
         return self
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Balance:
     """How the load of the experts is kept even, in a model that has them."""
 
@@ -236,7 +225,7 @@ class Balance:
     """Change of each expert's bias by one step. Default: 0.001."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Train:
     """How long, how large a batch, and with which optimizer."""
 
@@ -267,77 +256,7 @@ class Train:
         return self
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
-class Compress:
-    """In what form gradients and parameters travel over the data axes."""
-
-    gradients: Literal["none", "bf16", "fp16", "int8", "powersgd"] = "none"
-    """none sums in fp32; bf16 and fp16 halve that; int8 (ZeRO++) quarters it; powersgd sends low-rank factors
-    between copies. int8 and powersgd keep what they lost and add it the next time."""
-    parameters: Literal["none", "int8"] = "none"
-    """int8 (ZeRO++) halves what the gathering of bf16 shards sends."""
-    rank: Positive = 4
-    """Rank of powersgd's factors."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
-class Layout:
-    """How the model and the batch are spread over ranks: replicate x shard x context x tensor x pipeline of them."""
-
-    replicate: Positive = 1
-    """Ranks that hold whole copies (data parallel)."""
-    shard: Positive = 1
-    """Ranks over which ZeRO shards its state (data parallel as well)."""
-    zero: Literal[0, 1, 2, 3] | None = None
-    """What the shard axis divides: 1 optimizer state, 2 also gradients, 3 also parameters (FSDP).
-    Default: 0 when shard is 1, else 1."""
-    tensor: Positive = 1
-    """Ranks over which every matrix is divided (Megatron's tensor parallelism)."""
-    sequence_parallel: Flag = True
-    """Under tensor parallelism, divide what lies between the matrices (norms, residuals) by tokens."""
-    context: Positive = 1
-    """Ranks over which the tokens of each sequence are divided."""
-    context_kind: Literal["ring", "ulysses"] | None = None
-    """ring: keys and values travel; ulysses: heads are exchanged for tokens. Default: chosen, with its reason."""
-    expert: Positive = 1
-    """Ranks over which a layer's experts are divided; taken out of shard x context."""
-    pipeline: Positive = 1
-    """Ranks over which the layers are divided."""
-    schedule: Literal["gpipe", "1f1b", "interleaved", "interleaved-zero-bubble", "zbv", "dualpipev"] = "1f1b"
-    """Order of the pipeline's forward and backward passes."""
-    virtual: Positive | None = None
-    """Stages of one pipeline rank. Default: 2 for interleaved, interleaved-zero-bubble, zbv and dualpipev, else 1."""
-    split: list[Positive] | None = None
-    """Layers of each pipeline stage. Default: balanced by cost, embedding and head counted."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping: nothing, attention, or whole blocks."""
-    microbatch: Positive | None = None
-    """Sequences of one forward pass on one rank. Default: chosen, and printed with its reason."""
-    offload: Literal["none", "cpu", "disk"] = "none"
-    """cpu: parameters, gradients and optimizer state stay in the host's memory, where the optimizer then
-    runs; disk: as cpu, and AdamW's moments in a file of the run's folder, read and written block by block."""
-    compress: Compress = Field(default_factory=Compress)
-
-    @model_validator(mode="after")
-    def _fits(self) -> Layout:
-        if self.zero == 0 and self.shard > 1:
-            raise ValueError(f"zero: 0 shards nothing, so write replicate: {self.shard} instead of shard")
-        if self.pipeline > 1 and self.zero in (2, 3):
-            raise ValueError(
-                f"zero: {self.zero} would gather or reduce for each of a pipeline's microbatches: use zero: 1"
-            )
-        if self.pipeline == 1 and (self.split is not None or self.virtual is not None):
-            raise ValueError(
-                "split and virtual divide a pipeline's layers: set pipeline to 2 or more, or leave them out"
-            )
-        if self.context == 1 and self.context_kind is not None:
-            raise ValueError(
-                "context_kind says how sequences are divided: set context to 2 or more, or leave it out"
-            )
-        return self
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Checkpoint:
     """When state is saved and how much of it is kept."""
 
@@ -347,7 +266,7 @@ class Checkpoint:
     """Newest checkpoints kept."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Parity:
     """How far an export's numbers may be from ours."""
 
@@ -357,7 +276,7 @@ class Parity:
     """Least share of positions whose most likely token agrees."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Export:
     """What `muster export` writes and how it is checked."""
 
@@ -366,7 +285,7 @@ class Export:
     parity: Parity = Field(default_factory=Parity)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Serve:
     """How `muster serve` answers."""
 
@@ -380,7 +299,7 @@ class Serve:
     """Longest time one request may take."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Run:
     """A run file: one model's whole life."""
 
@@ -390,7 +309,7 @@ class Run:
     data: Data
     train: Train
     layout: Annotated[
-        Annotated[Layout, Tag("<section>")] | Annotated[Literal["auto"], Tag("<word>")], _SectionOrWord
+        Annotated[Layout, Tag("<section>")] | Annotated[Literal["auto"], Tag("<word>")], SectionOrWord
     ] = "auto"
     """auto, or the degrees: {shard: 2, tensor: 2, zero: 3, recompute: full, microbatch: 4}."""
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)

@@ -6,8 +6,8 @@
     CPU otherwise, cached decoding       scaled_dot_product_attention
 
 The blocks keep their probabilities for the backward pass, T^2/2 for each head. Beyond the limit that costs more
-memory than the gain is worth: 1.06x in fp32 at 4,096 tokens (`benchmarks/attention_cpu.py`). Tiles at T = 4096 with
-eight documents, fp32: 227 ms against 1027 ms.
+memory than the gain is worth: 1.06x in fp32 at 4,096 tokens (`benchmarks/attention_cpu.py`).
+The tiles were measured once, at T = 4096 with eight documents in fp32: 227 ms against 1027 ms.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def training_kernel(tokens: int, device: str) -> tuple[str, str]:
         gain = "2.8x as fast as scaled_dot_product_attention in bf16 and 1.4x in fp32 at 512 tokens"
         return "blocks of matrix products", f"measured on CPU: {gain}"
     if device == "cpu":
-        return (
-            "scaled_dot_product_attention",
-            f"beyond {_BLOCKED_MAX_TOKENS} tokens, blocks take too much memory",
+        reason = (
+            f"beyond {_BLOCKED_MAX_TOKENS} tokens, blocks take too much memory; tiles where a mask is needed"
         )
+        return "scaled_dot_product_attention", reason
     return "scaled_dot_product_attention", "the flash kernel of a GPU"
 
 

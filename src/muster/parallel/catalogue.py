@@ -33,6 +33,7 @@ def _all(experts: int) -> Iterator[tuple[str, Degrees]]:
         for zero in (1, 2, 3):
             yield f"zero {zero} x {n}", {"shard": n, "zero": zero}
     yield "hybrid 2 x 2", {"replicate": 2, "shard": 2, "zero": 3}
+    yield "zero 3 x 2, buckets", {"shard": 2, "zero": 3, "bucket": 3, "prefetch": 2}
     for n in (2, 4):
         yield f"tensor {n}", {"tensor": n}
         yield f"tensor {n}, no sequence", {"tensor": n, "sequence_parallel": False}
@@ -43,6 +44,7 @@ def _all(experts: int) -> Iterator[tuple[str, Degrees]]:
         for kind in ("ulysses", "ring"):
             yield f"{kind} x {n}", {"context": n, "context_kind": kind}
     yield "recompute selective", {"shard": 2, "recompute": "selective"}
+    yield "zbv x 2, selective", {"pipeline": 2, "schedule": "zbv", "recompute": "selective"}
     yield "recompute full", {"shard": 2, "zero": 3, "recompute": "full"}
     yield from _compositions()
     if experts:

@@ -41,32 +41,46 @@ def shard(model: Transformer, mesh: Mesh, compute: torch.dtype) -> None:
         reduce_dtype=None if alone else layout.compress.reduce_dtype,
         cast_forward_inputs=False,
     )
-    for unit, data in _units(model, mesh):
+    units = list(_units(model, mesh))
+    for unit, data in units:
         # The last unit is gathered as long as any of it is in use: the embedding at one end, the head at the other.
-        reshard = layout.zero == 3 and unit is not model
         fully_shard(
             unit,
             mesh=data,
-            reshard_after_forward=reshard,
+            reshard_after_forward=layout.zero == 3 and unit != [model],
             mp_policy=policy,
             offload_policy=offload.policy(layout.offload),
         )
         if data["shard"].size() == 1:
-            assert isinstance(unit, FSDPModule)
             # Its base class is private to torch, which asks for no more than these two methods.
-            unit.set_custom_reduce_scatter(InPlaceReduction())  # type: ignore[arg-type]
+            _first(unit).set_custom_reduce_scatter(InPlaceReduction())  # type: ignore[arg-type]
+    if layout.zero == 3:
+        blocks = [_first(unit) for unit, _ in units if unit != [model]]
+        for index, block in enumerate(blocks):
+            block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + layout.prefetch])
+            block.set_modules_to_backward_prefetch(blocks[max(index - layout.prefetch, 0) : index][::-1])
 
 
-def _units(model: Transformer, mesh: Mesh) -> Iterator[tuple[nn.Module, DeviceMesh]]:
-    """What is gathered and reduced at once, and over which ranks: each block, and the rest of the model together.
+def _units(model: Transformer, mesh: Mesh) -> Iterator[tuple[list[nn.Module], DeviceMesh]]:
+    """What is gathered and reduced at once, and over which ranks: buckets of blocks, and the rest of the model.
 
     Experts that are divided are a unit of their own: each expert rank has other ones, so fewer ranks share them.
     """
-    for block in model.blocks:
-        if mesh.layout.expert > 1 and isinstance(block.mlp, MoE):
-            yield block.mlp.experts, mesh.expert_data()
-        yield block, mesh.dense_data()
-    yield model, mesh.dense_data()
+    blocks, size = model.blocks, mesh.layout.bucket
+    for start in range(0, len(blocks), size):
+        bucket = blocks[start : start + size]
+        for block in bucket:
+            if mesh.layout.expert > 1 and isinstance(block.mlp, MoE):
+                yield [block.mlp.experts], mesh.expert_data()
+        yield list[nn.Module](bucket), mesh.dense_data()
+    yield [model], mesh.dense_data()
+
+
+def _first(unit: list[nn.Module]) -> FSDPModule:
+    """The module that stands for a unit once FSDP2 has been applied to it."""
+    module = unit[0]
+    assert isinstance(module, FSDPModule)
+    return module
 
 
 def begin_microbatch(model: nn.Module, layout: Layout, *, is_last: bool) -> None:

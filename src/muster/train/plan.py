@@ -29,8 +29,6 @@ class Training:
     """The run's own folder."""
     spec: TransformerSpec
     layout: Layout
-    attention: str
-    """What runs attention in training, and why."""
     model_folder: Path | None
     """The folder that `model.from` names."""
     sequence: int
@@ -50,6 +48,8 @@ class Plan(Training):
     base: Path
     """Folder of the run file, which relative paths start from."""
     corpus: Corpus
+    attention: str
+    """What runs attention in training, and why."""
 
 
 def make(

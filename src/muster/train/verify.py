@@ -122,7 +122,7 @@ def train_case(case: Case, folder: Path) -> None:
     with join(_TIMEOUT_S) as world:
         layout = resolve(run, case.spec, cores=1, gpus=0, ranks=world.size)
         training = Training(
-            run=run, folder=folder, spec=case.spec, layout=layout, attention="", model_folder=None,
+            run=run, folder=folder, spec=case.spec, layout=layout, model_folder=None,
             sequence=case.spec.context, steps=case.steps,
         )  # fmt: skip
         trainee = Trainee(training, world)

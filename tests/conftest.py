@@ -6,13 +6,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
+
+from muster.resilience.forked import free_port
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -44,7 +45,7 @@ def run_ranks() -> RunRanks:
     context.set_forkserver_preload(_PRELOAD)
 
     def run(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        port = _free_port()
+        port = free_port()
         pipes, processes = [], []
         for rank in range(ranks):
             here, there = context.Pipe(duplex=False)
@@ -98,9 +99,3 @@ def _rank(
         answer = (False, traceback.format_exc())
     pipe.send(answer)
     pipe.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -30,24 +30,24 @@ def test_a_ring_gives_every_rank_the_same_work() -> None:
 
 
 def test_legal_plans_have_no_problems() -> None:
-    assert problems(64, heads=8, tensor=2, context=4, kind="ulysses") == []
-    assert problems(64, heads=3, tensor=1, context=4, kind="ring") == []
+    assert problems(64, heads=8, tensor=2, context=4, kind="ulysses", lengths=[]) == []
+    assert problems(64, heads=3, tensor=1, context=4, kind="ring", lengths=[]) == []
 
 
 def test_problems_name_the_nearest_legal_values() -> None:
-    assert problems(100, heads=8, tensor=1, context=8, kind="ring") == [
+    assert problems(100, heads=8, tensor=1, context=8, kind="ring", lengths=range(1, 129)) == [
         "layout.context: ring over 8 ranks cuts a sequence into 16 equal chunks, which 100 tokens do not give; "
-        "use train.sequence 96 or 112"
+        "use context 5 or 10 or train.sequence 96 or 112"
     ]
-    assert problems(3, heads=8, tensor=1, context=4, kind="ulysses") == [
+    assert problems(3, heads=8, tensor=1, context=4, kind="ulysses", lengths=[1, 3]) == [
         "layout.context: ulysses over 4 ranks cuts a sequence into 4 equal chunks, which 3 tokens do not give; "
-        "use train.sequence 4"
+        "use context 1"
     ]
-    assert problems(64, heads=12, tensor=2, context=4, kind="ulysses") == [
+    assert problems(64, heads=12, tensor=2, context=4, kind="ulysses", lengths=[64]) == [
         "layout.context: ulysses gives each rank an equal share of the 6 heads that tensor 2 leaves, which 4 ranks do "
-        "not divide; use context 3 or 6, or ring"
+        "not divide; use context 2, or ring"
     ]
-    assert len(problems(9, heads=9, tensor=1, context=2, kind="ulysses")) == 2
+    assert len(problems(9, heads=9, tensor=1, context=2, kind="ulysses", lengths=[9])) == 2
 
 
 @pytest.mark.parametrize(

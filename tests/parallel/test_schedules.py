@@ -16,7 +16,11 @@ def test_what_is_not_refused_runs_and_torch_refuses_the_rest(schedule: str, rank
     for stages_per_rank in (1, 2, 3) if kind.variable else (kind.stages_per_rank,):
         for microbatches in range(1, 19):
             problems = schedule_problems(
-                schedule, ranks=ranks, stages_per_rank=stages_per_rank, microbatches=microbatches
+                schedule,
+                ranks=ranks,
+                stages_per_rank=stages_per_rank,
+                microbatches=microbatches,
+                sequences=18,
             )
             shape = {"ranks": ranks, "stages_per_rank": stages_per_rank, "microbatches": microbatches}
             if problems:
@@ -41,19 +45,32 @@ def test_placement() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "microbatches", "nearest"),
-    [("1f1b", 3, "4"), ("dualpipev", 5, "8"), ("interleaved", 9, "8 or 10"), ("gpipe", 0, "1")],
+    ("schedule", "microbatches", "sequences", "advice"),
+    [
+        ("1f1b", 3, 12, "use layout.microbatch 3 for the 12 sequences of a rank"),
+        ("dualpipev", 5, 40, "use layout.microbatch 5 for the 40 sequences of a rank"),
+        ("interleaved", 9, 18, "use layout.microbatch 3 for the 18 sequences of a rank"),
+        ("1f1b", 2, 2, "a train.batch_tokens that gives each rank 4 sequences"),
+        ("interleaved", 11, 11, "use layout.microbatch 11 for the 11 sequences of a rank"),
+    ],
 )
-def test_nearest_legal_microbatches(schedule: str, microbatches: int, nearest: str) -> None:
+def test_advice_on_microbatches(schedule: str, microbatches: int, sequences: int, advice: str) -> None:
     per_rank = SCHEDULES[schedule].stages_per_rank
-    (problem,) = schedule_problems(schedule, ranks=4, stages_per_rank=per_rank, microbatches=microbatches)
-    assert problem.endswith(f"nearest legal values are {nearest}")
+    (problem,) = schedule_problems(
+        schedule, ranks=4, stages_per_rank=per_rank, microbatches=microbatches, sequences=sequences
+    )
+    assert problem.endswith(advice)
 
 
 def test_recompute_and_stages_per_rank() -> None:
     def problems(schedule: str, stages_per_rank: int, *, recompute: bool) -> list[str]:
         return schedule_problems(
-            schedule, ranks=2, stages_per_rank=stages_per_rank, microbatches=4, recompute=recompute
+            schedule,
+            ranks=2,
+            stages_per_rank=stages_per_rank,
+            microbatches=4,
+            sequences=4,
+            recompute=recompute,
         )
 
     assert problems("interleaved", 3, recompute=True) == []

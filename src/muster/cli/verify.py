@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
 from dataclasses import asdict
@@ -59,6 +60,8 @@ def verify(
     spec = spec_from_config(run.model, _vocabulary(run), run_file.parent)
     spec = spec if real else scaled(spec)
     layouts = _chosen(run, spec, all_, ranks)
+    # Ending as from Ctrl-C, it leaves neither ranks nor files behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory() as scratch:
         verifier = Verifier(run=run, spec=spec, steps=steps, scratch=Path(scratch))
         rows = _table(verifier, layouts, quiet=json_)

@@ -13,6 +13,7 @@ Knows no torch: `sequence.py` splits tensors, `ulysses.py` and `ring.py` attend.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 Kind = Literal["ulysses", "ring"]
@@ -28,31 +29,43 @@ def chunk_count(ranks: int, kind: Kind) -> int:
     return len(chunks(0, ranks, kind)) * ranks
 
 
-def problems(sequence: int, heads: int, tensor: int, context: int, kind: Kind) -> list[str]:
+def problems(
+    sequence: int, heads: int, tensor: int, context: int, kind: Kind, *, lengths: Sequence[int]
+) -> list[str]:
     """What forbids this context degree for sequences of `sequence` tokens; each with the nearest legal values.
 
     heads: query heads of the model, of which tensor parallelism leaves a rank heads / tensor. Any number of kv heads is
-    legal: both kinds repeat or share them as needed.
+    legal: both kinds repeat or share them as needed. lengths: what the sequence could be instead, for this batch.
     """
-    found = []
+    found, local = [], heads // tensor
+
+    def legal(degree: int, kind: Kind) -> bool:
+        return sequence % chunk_count(degree, kind) == 0 and (kind == "ring" or local % degree == 0)
+
+    if legal(context, kind):
+        return []
+    degrees = _nearest(context, (n for n in range(2, sequence + 1) if legal(n, kind)))
+    advice = [f"context {degrees or 1}"]
     if sequence % (cut := chunk_count(context, kind)):
-        below = sequence // cut * cut
-        near = " or ".join(str(length) for length in (below, below + cut) if length)
+        others = _nearest(sequence, (n for n in lengths if n % cut == 0))
         found.append(
             f"layout.context: {kind} over {context} ranks cuts a sequence into {cut} equal chunks, which {sequence} "
-            f"tokens do not give; use train.sequence {near}"
+            f"tokens do not give; use {' or '.join([*advice, *([f'train.sequence {others}'] if others else [])])}"
         )
-    local = heads // tensor
     if kind == "ulysses" and local % context:
-        legal = [n for n in range(1, local + 1) if local % n == 0]
-        near = " or ".join(
-            str(n) for n in [n for n in legal if n < context][-1:] + [n for n in legal if n > context][:1]
-        )
+        advice += ["ring"] if legal(context, "ring") else []
         found.append(
             f"layout.context: ulysses gives each rank an equal share of the {local} heads that tensor {tensor} leaves, "
-            f"which {context} ranks do not divide; use context {near}, or ring"
+            f"which {context} ranks do not divide; use {', or '.join(advice)}"
         )
     return found
+
+
+def _nearest(value: int, legal: Iterable[int]) -> str:
+    """The nearest legal values on either side, in words; empty where there are none."""
+    others = list(legal)
+    near = [n for n in others if n < value][-1:] + [n for n in others if n > value][:1]
+    return " or ".join(map(str, near))
 
 
 def moved(heads: int, kv_heads: int, context: int, kind: Kind) -> float:

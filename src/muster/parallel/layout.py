@@ -6,6 +6,7 @@ problems at once, with the nearest legal values. Knows no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -137,7 +138,7 @@ def resolve(
     if kind is None:
         kind, chosen = context.choose(spec.heads // said.tensor, _local_kv_heads(said, spec), said.context)
         why += f"; {chosen}" if said.context > 1 else ""
-    _refuse(_pipeline_problems(said, spec, per_rank // microbatch))
+    _refuse(_schedule_problems(said, per_rank, microbatch))
     default_zero: Literal[0, 1] = 0 if said.shard == 1 else 1
     return Layout(
         replicate=said.replicate,
@@ -189,12 +190,22 @@ def _problems(
             f".microbatch: {said.microbatch} does not divide the {sequences // data} sequences of a rank: "
             f"nearest legal values are {_nearest(said.microbatch, legal)}"
         )
-    yield from _tensor_problems(said, spec, sequence)
+    lengths = [
+        n
+        for n in range(1, spec.context + 1)
+        if sequences * sequence % n == 0 and sequences * sequence // n % data == 0
+    ]
+    yield from _tensor_problems(said, spec, sequence, lengths)
     if said.context > 1 and spec.heads % said.tensor == 0:
         kind = said.context_kind or "ring"  # the automatic choice is ring where ulysses cannot be
-        for problem in context.problems(sequence, spec.heads, said.tensor, said.context, kind):
+        for problem in context.problems(
+            sequence, spec.heads, said.tensor, said.context, kind, lengths=lengths
+        ):
             yield problem.removeprefix("layout")
     yield from _expert_problems(said, spec)
+    if said.pipeline > 1:
+        for problem in split_problems(spec.layers, said.pipeline * _virtual(said), said.split):
+            yield f".pipeline: {problem}"
     copies, parts = said.replicate, said.shard * said.context
     if said.zero == 0 or (said.zero is None and said.shard == 1):
         copies, parts = copies * parts, 1
@@ -202,27 +213,37 @@ def _problems(
         yield problem.removeprefix("layout")
 
 
-def _tensor_problems(said: schema.Layout, spec: TransformerSpec, sequence: int) -> Iterator[str]:
+def _tensor_problems(
+    said: schema.Layout, spec: TransformerSpec, sequence: int, lengths: list[int]
+) -> Iterator[str]:
     if said.tensor == 1:
         return
     sizes = {"heads": spec.heads}
     sizes |= (
         {"expert_ffn": spec.expert_ffn, "shared_ffn": spec.shared_ffn} if spec.experts else {"ffn": spec.ffn}
     )
+    local = sequence // said.context
+    possible = [n for n in _divisors(math.gcd(*sizes.values())) if _shares_kv_heads(n, spec)]
+    legal = [n for n in possible if local % n == 0] if said.sequence_parallel else possible
     for name, size in sizes.items():
         if size % said.tensor:
-            yield f".tensor: {said.tensor} does not divide {name} ({size}): {_legal(said.tensor, _divisors(size))}"
-    if spec.kv_heads % said.tensor and said.tensor % spec.kv_heads:
-        legal = [n for n in _divisors(spec.heads) if not spec.kv_heads % n or not n % spec.kv_heads]
+            yield f".tensor: {said.tensor} does not divide {name} ({size}): {_legal(said.tensor, legal)}"
+    if not _shares_kv_heads(said.tensor, spec):
         yield (
             f".tensor: {said.tensor} ranks can neither divide nor share the {spec.kv_heads} kv_heads: "
             f"{_legal(said.tensor, legal)}"
         )
-    if said.sequence_parallel and (sequence // said.context) % said.tensor:
+    if said.tensor in possible and said.tensor not in legal:
+        others = _nearest(sequence, [n for n in lengths if n % (said.tensor * said.context) == 0])
+        change = f"change train.sequence to {others}, or " if others else ""
         yield (
-            f".tensor: {said.tensor} does not divide a rank's {sequence // said.context} tokens of a sequence: change "
-            f"train.sequence to {_round_up(sequence, said.tensor * said.context)}, or set sequence_parallel: false"
+            f".tensor: {said.tensor} does not divide a rank's {local} tokens of a sequence: {change}"
+            f"set sequence_parallel: false"
         )
+
+
+def _shares_kv_heads(tensor: int, spec: TransformerSpec) -> bool:
+    return spec.kv_heads % tensor == 0 or tensor % spec.kv_heads == 0
 
 
 def _local_kv_heads(said: schema.Layout, spec: TransformerSpec) -> int:
@@ -231,32 +252,28 @@ def _local_kv_heads(said: schema.Layout, spec: TransformerSpec) -> int:
 
 
 def _expert_problems(said: schema.Layout, spec: TransformerSpec) -> Iterator[str]:
-    pool = said.shard * said.context
-    if said.expert > 1 and spec.experts == 0:
+    if said.expert == 1:
+        return
+    if spec.experts == 0:
         yield f".expert: {said.expert} ranks have no experts to divide: the {spec.family} model has none; leave it out"
-    elif spec.experts % said.expert:
-        yield (
-            f".expert: {said.expert} does not divide the {spec.experts} experts of a layer: "
-            f"{_legal(said.expert, _divisors(spec.experts))}"
-        )
-    if said.expert > 1 and pool % said.expert:
-        yield (
-            f".expert: {said.expert} does not divide shard x context ({pool}), which it is taken from: "
-            f"{_legal(said.expert, _divisors(pool))}"
-        )
+        return
+    pool = said.shard * said.context
+    legal = _legal(said.expert, _divisors(math.gcd(spec.experts, pool)))
+    if spec.experts % said.expert:
+        yield f".expert: {said.expert} does not divide the {spec.experts} experts of a layer: {legal}"
+    if pool % said.expert:
+        yield f".expert: {said.expert} does not divide shard x context ({pool}), which it is taken from: {legal}"
 
 
-def _pipeline_problems(said: schema.Layout, spec: TransformerSpec, microbatches: int) -> Iterator[str]:
+def _schedule_problems(said: schema.Layout, per_rank: int, microbatch: int) -> Iterator[str]:
     if said.pipeline == 1:
         return
-    virtual = _virtual(said)
-    for problem in split_problems(spec.layers, said.pipeline * virtual, said.split):
-        yield f".pipeline: {problem}"
     for problem in schedule_problems(
         said.schedule,
         ranks=said.pipeline,
-        stages_per_rank=virtual,
-        microbatches=microbatches,
+        stages_per_rank=_virtual(said),
+        microbatches=per_rank // microbatch,
+        sequences=per_rank,
         recompute=said.recompute == "full",  # attention alone has no weights
     ):
         yield f".schedule: {problem}"

@@ -75,11 +75,18 @@ def rank_of_stage(schedule: str, stage: int, ranks: int) -> int:
 
 
 def schedule_problems(
-    schedule: str, *, ranks: int, stages_per_rank: int, microbatches: int, recompute: bool = False
+    schedule: str,
+    *,
+    ranks: int,
+    stages_per_rank: int,
+    microbatches: int,
+    sequences: int,
+    recompute: bool = False,
 ) -> list[str]:
     """Why this schedule cannot run, one sentence each with the nearest legal values; empty where it can.
 
-    `recompute`: whole blocks are run again in the backward pass.
+    `sequences`: those of one data rank's step, which its microbatches share out; `recompute`: whole blocks are run
+    again in the backward pass.
     """
     kind = SCHEDULES[schedule]
     found = []
@@ -89,10 +96,9 @@ def schedule_problems(
             f"leave the number of stages out, or use schedule interleaved"
         )
     if not _runs(kind, ranks, microbatches):
-        near = " or ".join(str(n) for n in _nearest_microbatches(kind, ranks, microbatches))
         found.append(
             f"schedule {schedule} on {ranks} pipeline ranks cannot run {microbatches} microbatches a step: "
-            f"nearest legal values are {near}"
+            f"{_other_microbatches(kind, ranks, microbatches, sequences)}"
         )
     if recompute and kind.splits_backward:
         # Measured: the passes that follow the first each unpack, and so recompute, the block anew.
@@ -110,7 +116,15 @@ def _runs(kind: Schedule, ranks: int, microbatches: int) -> bool:
     return not kind.whole_rounds or microbatches % rounds == 0
 
 
-def _nearest_microbatches(kind: Schedule, ranks: int, microbatches: int) -> list[int]:
-    below = (n for n in range(microbatches - 1, 0, -1) if _runs(kind, ranks, n))
-    above = (n for n in range(microbatches + 1, _MOST_MICROBATCHES) if _runs(kind, ranks, n))
-    return [n for n in (next(below, None), next(above, None)) if n is not None]
+def _other_microbatches(kind: Schedule, ranks: int, microbatches: int, sequences: int) -> str:
+    """How else to share out a rank's sequences, or how many of them can be."""
+    legal = [n for n in range(1, sequences + 1) if sequences % n == 0 and _runs(kind, ranks, n)]
+    near = [n for n in legal if n > microbatches][:1] + [n for n in legal if n < microbatches][-1:]
+    if near:
+        sizes = " or ".join(str(sequences // n) for n in near)
+        return f"use layout.microbatch {sizes} for the {sequences} sequences of a rank"
+    needed = next(n for n in range(sequences + 1, _MOST_MICROBATCHES) if _runs(kind, ranks, n))
+    return (
+        f"the {sequences} sequences of a rank are too few; use fewer replicate, shard or pipeline ranks, or a "
+        f"train.batch_tokens that gives each rank {needed} sequences"
+    )

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -35,7 +37,7 @@ class ForkedRanks:
         TrainingError with the traceback of the first rank that fails, whose file is `errors`; the others are ended.
         """
         errors.unlink(missing_ok=True)
-        port = _free_port()
+        port = free_port()
         processes = [
             self._context.Process(
                 target=_rank, args=(rank, ranks, port, errors, work, arguments), daemon=True
@@ -73,6 +75,7 @@ class ForkedRanks:
 def _rank(
     rank: int, ranks: int, port: int, errors: Path, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     place = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -91,7 +94,20 @@ def _rank(
     os._exit(0)
 
 
-def _free_port() -> int:
+def _end_with_parent() -> None:
+    """Whatever ends the process that asked for ranks, `kill -9` too: the one that forked them waits for them."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def free_port() -> int:
+    """Below those that systems give out by themselves: somebody's connection would take one before a rank does."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        while True:
+            try:
+                probe.bind(("127.0.0.1", 20_000 + secrets.randbelow(10_000)))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])

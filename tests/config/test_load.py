@@ -121,7 +121,7 @@ def test_one_fault_is_one_sentence(problems, old: str, new: str, said: str) -> N
         ("layout: autoo", "layout: should be auto, or the degrees: {shard: 2, tensor: 2, zero: 3, recompute: full, microbatch: 4} (got 'autoo')"),
         ("layout: [1]", "layout: should be auto, or the degrees: {shard: 2, tensor: 2, zero: 3, recompute: full, microbatch: 4} (got [1])"),
         ("layout: {zero: 0, shard: 2}", "layout: zero: 0 shards nothing, so write replicate: 2 instead of shard"),
-        ("layout: {virtual: 2}", "layout: split and virtual divide a pipeline's layers: set pipeline to 2 or more, or leave them out"),
+        ("layout: {virtual: 2}", "layout: virtual belong to a pipeline: set pipeline to 2 or more, or leave them out"),
         ("layout: {pipeline: 2, zero: 3}", "layout: zero: 3 would gather or reduce for each of a pipeline's microbatches: use zero: 1"),
         ("faults: {on_nan: rewind}", "faults: not in this version of muster: remove it"),
         ("track: wandb", "track: should be a list, such as [a, b] (got 'wandb')"),

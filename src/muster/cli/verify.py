@@ -52,18 +52,23 @@ def verify(
         Print the figures as JSON.
     """
     from muster.config.load import load_run
+    from muster.config.schema import Layout
     from muster.model.build import spec_from_config
     from muster.train.verifier import Verifier
-    from muster.train.verify import scaled
+    from muster.train.verify import scaled, sequences_for
 
     run = load_run(run_file, overrides)
     spec = spec_from_config(run.model, _vocabulary(run), run_file.parent)
-    spec = spec if real else scaled(spec)
-    layouts = _chosen(run, spec, all_, ranks)
+    said = _resolvable(run, spec)
+    own = Layout() if all_ else said
+    spec = spec if real else scaled(spec, own)
+    layouts = _fitting(run, spec, ranks) if all_ else {_named(said): _said(said)}
     # Ending as from Ctrl-C, it leaves neither ranks nor files behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory() as scratch:
-        verifier = Verifier(run=run, spec=spec, steps=steps, scratch=Path(scratch))
+        verifier = Verifier(
+            run=run, spec=spec, steps=steps, sequences=sequences_for(own), scratch=Path(scratch)
+        )
         rows = _table(verifier, layouts, quiet=json_)
     wrong = [row for row in rows if not row["ok"]]
     if json_:
@@ -116,36 +121,44 @@ def _vocabulary(run: schema.Run) -> int:
     return 258 if tokenizer is None or isinstance(tokenizer, str) else tokenizer.vocab
 
 
-def _chosen(
-    run: schema.Run, spec: TransformerSpec, all_: bool, ranks: int | None
-) -> dict[str, dict[str, Any]]:
-    """The layouts to verify, by name, as `layout:` would say them."""
+def _resolvable(run: schema.Run, spec: TransformerSpec) -> schema.Layout:
+    """The run's own layout; ConfigError where the model at its real size, or the batch, does not allow it."""
+    import torch
+
+    from muster.config.schema import Layout
+    from muster.parallel.layout import resolve
+    from muster.parallel.world import usable_cores
+
+    resolved = resolve(run, spec, cores=usable_cores(), gpus=torch.cuda.device_count())
+    return Layout(replicate=resolved.replicate) if isinstance(run.layout, str) else run.layout
+
+
+def _fitting(run: schema.Run, spec: TransformerSpec, ranks: int | None) -> dict[str, dict[str, Any]]:
+    """All layouts of up to `ranks` ranks that the model can be trained on, by name."""
     import torch
 
     from muster.parallel.catalogue import catalogue
-    from muster.parallel.layout import resolve
-    from muster.parallel.world import usable_cores
     from muster.train.verify import case
 
-    gpus = torch.cuda.device_count()
-    if all_:
-        fitting = {}
-        for name, layout in catalogue(ranks or gpus or 8, experts=spec.experts).items():
-            try:
-                case(run, spec, layout, 1)
-            except ConfigError:
-                continue  # such as ulysses with fewer heads than ranks
-            fitting[name] = layout
-        return fitting
-    if isinstance(run.layout, str):
-        resolved = resolve(run, spec, cores=usable_cores(), gpus=gpus)
-        return {str(resolved): {"replicate": resolved.replicate}}
-    case(run, spec, said := _said(run.layout), 1)
-    return {", ".join(f"{key} {value}" for key, value in said.items()) or "one process": said}
+    fitting = {}
+    for name, layout in catalogue(ranks or torch.cuda.device_count() or 8, experts=spec.experts).items():
+        try:
+            case(run, spec, layout, 1)
+        except ConfigError:
+            continue  # such as ulysses with fewer heads than ranks
+        fitting[name] = layout
+    return fitting
+
+
+def _named(layout: schema.Layout) -> str:
+    return ", ".join(f"{key} {value}" for key, value in _said(layout).items()) or "one process"
 
 
 def _said(layout: schema.Layout) -> dict[str, Any]:
-    """What a layout says beyond the defaults, but for the size of microbatches, which the check's batch decides."""
+    """What a layout says beyond the defaults that can change nothing.
+
+    The check's own batch decides on microbatches, and compressed gradients differ by design.
+    """
     default = type(layout)()
-    names = [name for name in layout.__dataclass_fields__ if name != "microbatch"]
+    names = [name for name in layout.__dataclass_fields__ if name not in ("microbatch", "compress")]
     return {name: getattr(layout, name) for name in names if getattr(layout, name) != getattr(default, name)}

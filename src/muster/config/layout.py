@@ -9,6 +9,9 @@ from pydantic.dataclasses import dataclass
 
 from muster.config.fields import STRICT, Flag, Positive
 
+_OF_PIPELINES = {"split": None, "virtual": None, "schedule": "1f1b"}
+"""Keys that mean nothing without a pipeline, and what they are then."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Compress:
@@ -73,10 +76,12 @@ class Layout:
             raise ValueError(
                 f"zero: {self.zero} would gather or reduce for each of a pipeline's microbatches: use zero: 1"
             )
-        if self.pipeline == 1 and (self.split is not None or self.virtual is not None):
-            raise ValueError(
-                "split and virtual divide a pipeline's layers: set pipeline to 2 or more, or leave them out"
-            )
+        if self.pipeline == 1:
+            said = [name for name, default in _OF_PIPELINES.items() if getattr(self, name) != default]
+            if said:
+                raise ValueError(
+                    f"{' and '.join(said)} belong to a pipeline: set pipeline to 2 or more, or leave them out"
+                )
         if self.bucket > 1 and (
             self.compress.gradients in ("int8", "powersgd") or self.compress.parameters != "none"
         ):

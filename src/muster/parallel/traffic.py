@@ -16,7 +16,6 @@ import torch
 
 from muster.comm import axes
 from muster.comm.axes import Heads, Hidden, Routed
-from muster.comm.choice import Choice
 from muster.comm.formulas import Unit, zero_traffic
 from muster.comm.traffic import Traffic
 from muster.model.spec import TransformerSpec
@@ -97,7 +96,7 @@ class _Step:
                     replicate=layout.replicate * ranks // shard,
                     microbatches=layout.accumulate,
                     parameter_bytes=self.compute_bytes,
-                    choice=Choice(),
+                    choice=layout.compress,
                     of=of,
                 )
             )

@@ -61,7 +61,7 @@ class ForkedRanks:
                 break
             if time.monotonic() > deadline:
                 raise TrainingError(
-                    f"the ranks were not done within {timeout_s:.0f} s: raise --timeout, or lower --steps"
+                    f"the ranks were not done within {timeout_s:.0f} s: ask for fewer steps, or end what else runs here"
                 )
             time.sleep(_POLL_S)
         for rank, process in enumerate(processes):

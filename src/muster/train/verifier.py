@@ -14,7 +14,16 @@ from muster.errors import TrainingError
 from muster.model.spec import TransformerSpec
 from muster.parallel.catalogue import AXES, world_of
 from muster.resilience.forked import ForkedRanks
-from muster.train.verify import Case, Difference, Record, case, compare, read_record, train_case
+from muster.train.verify import (
+    LEAST_SEQUENCES,
+    Case,
+    Difference,
+    Record,
+    case,
+    compare,
+    read_record,
+    train_case,
+)
 
 Work = Callable[[Case, Path], None]
 Degrees = dict[str, Any]
@@ -25,6 +34,7 @@ class Verifier:
     run: schema.Run
     spec: TransformerSpec
     steps: int
+    sequences: int = LEAST_SEQUENCES
     scratch: Path
     """An empty folder."""
     work: Work = train_case
@@ -58,7 +68,7 @@ class Verifier:
             return False
 
     def _record(self, layout: Degrees) -> Record:
-        made = case(self.run, self.spec, layout, self.steps)
+        made = case(self.run, self.spec, layout, self.steps, self.sequences)
         folder = self.scratch / "case"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

@@ -34,7 +34,8 @@ TOLERANCE = 1e-5
 _EPS = 1e-3
 _NEGLIGIBLE = 1e-4
 """A weight smaller than this share of the model's largest one is compared with that share."""
-_BATCH_SEQUENCES = 16
+LEAST_SEQUENCES = 16
+"""Of a step."""
 _TIMEOUT_S = 300.0
 
 
@@ -74,34 +75,48 @@ class Difference:
         return max(self.loss, self.gradient_norm, self.weights) <= TOLERANCE  # nan is beyond any
 
 
-def scaled(spec: TransformerSpec) -> TransformerSpec:
-    """A model of the same family and options, small enough to train on every layout in seconds."""
-    heads, layers = 8, 8
+def scaled(spec: TransformerSpec, layout: schema.Layout | None = None) -> TransformerSpec:
+    """A model of the same family and options that trains in seconds, of sizes that `layout` divides."""
+    layout = layout or schema.Layout()
+    heads = math.lcm(8, layout.tensor * layout.context)
     shared = max(n for n in (1, 2, 4, 8) if n <= max(spec.heads // spec.kv_heads, 1))
+    stages = layout.pipeline * (layout.virtual or 2)
     sparse: dict[str, Any] = {
-        "experts": 8,
+        "experts": math.lcm(8, layout.expert),
         "experts_per_token": min(spec.experts_per_token, 4),
-        "expert_ffn": 32,
-        "shared_ffn": 32 if spec.shared_ffn else 0,
+        "expert_ffn": math.lcm(32, layout.tensor),
+        "shared_ffn": math.lcm(32, layout.tensor) if spec.shared_ffn else 0,
     }
     return replace(
         spec,
-        layers=layers,
-        width=64,
+        layers=max(8, stages) if layout.split is None else sum(layout.split),
+        width=8 * heads,
         heads=heads,
         kv_heads=heads // shared,
         head_dim=8,
-        ffn=128,
+        ffn=math.lcm(128, layout.tensor),
         vocab=509,  # divides by nothing, as vocabularies may
-        context=64,
+        context=math.lcm(64, 2 * layout.context * layout.tensor),
         window=None if spec.window is None else 24,
         **(sparse if spec.experts else {}),
     )
 
 
-def case(run: schema.Run, spec: TransformerSpec, layout: Mapping[str, Any], steps: int) -> Case:
-    """A case of `run` with this layout; ConfigError where the layout cannot be."""
-    batch_tokens = _BATCH_SEQUENCES * spec.context
+def sequences_for(layout: schema.Layout) -> int:
+    """Sequences of a step that `layout` can share out, a pipeline's ranks getting enough microbatches."""
+    data = layout.replicate * layout.shard
+    return math.lcm(LEAST_SEQUENCES, data * (2 * layout.pipeline if layout.pipeline > 1 else 1))
+
+
+def case(
+    run: schema.Run,
+    spec: TransformerSpec,
+    layout: Mapping[str, Any],
+    steps: int,
+    sequences: int = LEAST_SEQUENCES,
+) -> Case:
+    """A case of `run` with this layout and `sequences` a step; ConfigError where the layout cannot be."""
+    batch_tokens = sequences * spec.context
     optimizer = replace(run.train.optimizer, eps=max(run.train.optimizer.eps, _EPS))
     train = replace(
         run.train,
@@ -175,7 +190,7 @@ def compare(record: Record, reference: Record) -> Difference:
 def batch_of(case: Case, step: int) -> Batch:
     """The global batch of a step: random tokens, packed documents, some targets that are not scored."""
     generator = np.random.default_rng([case.run["train"]["seed"], step])
-    shape = (_BATCH_SEQUENCES, case.spec.context)
+    shape = (case.run["train"]["batch_tokens"] // case.spec.context, case.spec.context)
     tokens = generator.integers(0, case.spec.vocab, shape, dtype=np.int64)
     targets = generator.integers(0, case.spec.vocab, shape, dtype=np.int64)
     targets[generator.random(shape) < 0.1] = -100

@@ -60,7 +60,7 @@ def metered(run: dict[str, Any], base: str, folder: str) -> list[Traffic]:
     traffics = []
     plain = Trainee.update
 
-    def update(self: Trainee, step: int, batches: Sequence[Batch], tokens: int) -> Update:
+    def update(self: Trainee, step: int, batches: Sequence[Batch], tokens: int, **_: Any) -> Update:
         with Meter(self.mesh.groups) as meter:
             answer = plain(self, step, batches, tokens)
         traffics.append(meter.traffic)

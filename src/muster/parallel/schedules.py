@@ -114,3 +114,36 @@ def _nearest_microbatches(kind: Schedule, ranks: int, microbatches: int) -> list
     below = (n for n in range(microbatches - 1, 0, -1) if _runs(kind, ranks, n))
     above = (n for n in range(microbatches + 1, _MOST_MICROBATCHES) if _runs(kind, ranks, n))
     return [n for n in (next(below, None), next(above, None)) if n is not None]
+
+
+def in_flight(
+    schedule: str, rank: int, *, ranks: int, stages_per_rank: int, microbatches: int
+) -> dict[int, int]:
+    """How many microbatches' activations each stage of a rank keeps when the rank keeps most of them.
+
+    Where the backward pass is split, a microbatch's are kept until the gradients of the weights are done. Never too
+    few; too many for some schedules with fewer microbatches than they can use.
+    """
+    own = stages_of_rank(schedule, rank, ranks, stages_per_rank)
+    if SCHEDULES[schedule].v_shaped:
+        down = 2 * ranks - rank - (1 if schedule == "zbv" else 0)
+        most = dict(zip(own, (down, rank + 1), strict=True))
+    elif schedule == "gpipe":
+        most = dict.fromkeys(own, microbatches)
+    elif schedule == "1f1b":
+        most = dict.fromkeys(own, ranks - rank)
+    elif schedule == "interleaved-zero-bubble":
+        most = dict.fromkeys(own, ranks)
+    else:
+        most = _interleaved(own, rank, ranks, microbatches)
+    return {stage: min(count, microbatches) for stage, count in most.items()}
+
+
+def _interleaved(own: list[int], rank: int, ranks: int, microbatches: int) -> dict[int, int]:
+    """Of the forward passes before the first backward pass, a round of microbatches goes to each stage in turn."""
+    a_round = microbatches // max(microbatches // ranks, 1)
+    ahead = (len(own) - 1) * a_round + 2 * (ranks - 1 - rank) + 1
+    most = dict.fromkeys(own, 0)
+    for forward in range(ahead):
+        most[own[forward // a_round % len(own)]] += 1
+    return most

@@ -1,0 +1,34 @@
+"""How many microbatches each schedule keeps in flight, against the lists that torch executes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+
+from muster.parallel.orders import orders
+from muster.parallel.schedules import SCHEDULES, in_flight, schedule_problems
+from muster.parallel.simulate import Action
+
+
+def peak(actions: Sequence[Action]) -> int:
+    """Most microbatches of any stages that a rank has begun and not yet done with."""
+    now, most = Counter[int](), 0
+    for action in actions:
+        now[action.stage] += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
+        most = max(most, now.total())
+    return most
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("microbatches", [1, 2, 4, 8, 16])
+def test_in_flight_is_what_torch_does(schedule: str, ranks: int, microbatches: int) -> None:
+    stages = SCHEDULES[schedule].stages_per_rank
+    figures = {"ranks": ranks, "stages_per_rank": stages, "microbatches": microbatches}
+    if schedule_problems(schedule, **figures):
+        pytest.skip("torch has no such schedule")
+    for rank, actions in enumerate(orders(schedule, **figures)):
+        said, done = sum(in_flight(schedule, rank, **figures).values()), peak(actions)
+        assert said == done if microbatches >= 2 * ranks else said >= done

@@ -183,9 +183,18 @@ class Activations:
 
     def gradients(self) -> int:
         """Gradients of activations that exist at a time: of hidden states and within the feed-forward block."""
-        ffn = self.spec.experts_per_token * self.spec.expert_ffn + self.spec.shared_ffn + self.spec.ffn
-        within = self.tokens * 3 * ffn // self.layout.tensor * self.activation_bytes
-        return 2 * self.hidden + within
+        return 2 * self.hidden + self.tokens * 3 * self._ffn() * self.activation_bytes
+
+    def output_gradients(self) -> int:
+        """Gradients of what a block's weights give: of q, k and v, of the feed-forward block within, four of (N, E)."""
+        within = (2 if self.spec.mlp == "swiglu" else 1) * self._ffn()
+        return self.attend_inputs() + 4 * self.hidden + self.tokens * within * self.activation_bytes
+
+    def _ffn(self) -> int:
+        """Hidden widths of the feed-forward block that a token goes through, on this rank."""
+        spec = self.spec
+        whole = spec.ffn + spec.experts_per_token * spec.expert_ffn + spec.shared_ffn
+        return whole // self.layout.tensor
 
     def _statistics(self) -> int:
         return FP32 if self.spec.norm == "rms" else 2 * FP32

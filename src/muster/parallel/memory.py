@@ -15,7 +15,7 @@ from muster.model.spec import TransformerSpec
 from muster.parallel import stages
 from muster.parallel.activations import FP32, Activations
 from muster.parallel.layout import Layout
-from muster.parallel.schedules import in_flight, stages_of_rank
+from muster.parallel.schedules import SCHEDULES, in_flight, stages_of_rank
 from muster.parallel.shapes import Unit, units
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
@@ -75,8 +75,13 @@ def estimate(
     parts = _layers_of_rank(spec, layout, sequence, pipeline_rank)
     held = [unit for layers in parts.values() for unit in units(spec, layout, layers)]
     one = Activations(spec, layout, sequence, compute, device)
-    flying = _in_flight(layout, pipeline_rank)
-    activations = sum(flying[stage] * one.stage(layers) for stage, layers in parts.items())
+    of_stage = {stage: one.stage(layers) for stage, layers in parts.items()}
+
+    def kept(counts: Mapping[int, int]) -> int:
+        return sum(count * of_stage[stage] for stage, count in counts.items())
+
+    flying = max(_in_flight(layout, pipeline_rank), key=kept)
+    activations = kept(flying)
     if not one.places_tokens:
         activations += one.angles()
     return Memory(
@@ -87,7 +92,9 @@ def estimate(
         activations_bytes=activations,
         pipeline_bytes=_pipeline(one, parts, flying, layout),
         forward_bytes=_logits(one, parts) + compute * _arriving(held, layout),
-        backward_bytes=max(one.recomputed() + one.gradients(), _reduction(held, layout, compute)),
+        backward_bytes=max(
+            one.recomputed() + _activation_gradients(one, parts), _reduction(held, layout, compute)
+        ),
         returning_bytes=_returning(activations, flying, layout),
     )
 
@@ -102,9 +109,9 @@ def _layers_of_rank(spec: TransformerSpec, layout: Layout, sequence: int, rank: 
     return {stage: ranges[stage] for stage in own}
 
 
-def _in_flight(layout: Layout, rank: int) -> dict[int, int]:
+def _in_flight(layout: Layout, rank: int) -> list[dict[int, int]]:
     if layout.pipeline == 1:
-        return {0: 1}
+        return [{0: 1}]
     return in_flight(
         layout.schedule,
         rank,
@@ -123,8 +130,8 @@ def _returning(activations: int, flying: Mapping[int, int], layout: Layout) -> i
 
 
 def _gathered(held: Sequence[Unit], layout: Layout) -> int:
-    """Elements: all units, or the outermost and a block. Torch's pipelines keep all gathered between microbatches."""
-    if not _gathers_by_block(layout):
+    """Elements: all units, or under ZeRO-3 the outermost and a block."""
+    if layout.zero < 3:
         return sum(unit.elements for unit in held)
     of = {
         layer: sum(unit.elements for unit in held if unit.layer == layer) for layer in {u.layer for u in held}
@@ -134,16 +141,12 @@ def _gathered(held: Sequence[Unit], layout: Layout) -> int:
 
 def _arriving(held: Sequence[Unit], layout: Layout) -> int:
     """Elements of the unit that is on its way while another is in use."""
-    return max(unit.elements for unit in held if unit.layer is not None) if _gathers_by_block(layout) else 0
-
-
-def _gathers_by_block(layout: Layout) -> bool:
-    return layout.zero == 3 and layout.pipeline == 1
+    return max(unit.elements for unit in held if unit.layer is not None) if layout.zero == 3 else 0
 
 
 def sums_whole_gradients(layout: Layout) -> bool:
-    """Whether microbatches' gradients are summed unsharded: by ZeRO 0 and 1, and by torch's pipelines."""
-    return layout.accumulate > 1 and (layout.zero <= 1 or layout.pipeline > 1)
+    """Whether microbatches' gradients are summed before they are reduced: by ZeRO 0 and 1 (all that pipelines run)."""
+    return layout.accumulate > 1 and layout.zero <= 1
 
 
 def _gradient_elements(unit: Unit, layout: Layout) -> int:
@@ -165,6 +168,13 @@ def _reduction(held: Sequence[Unit], layout: Layout, compute: int) -> int:
     largest = max(held, key=lambda unit: unit.elements)
     as_computed = 0 if sums_whole_gradients(layout) else compute
     return largest.elements * (as_computed + FP32)
+
+
+def _activation_gradients(one: Activations, parts: Mapping[int, range]) -> int:
+    """Those within a block; where a schedule splits the backward pass, for a stage those that its weights wait for."""
+    if one.layout.pipeline == 1 or not SCHEDULES[one.layout.schedule].splits_backward:
+        return one.gradients()
+    return one.gradients() + max(map(len, parts.values())) * one.output_gradients()
 
 
 def _logits(one: Activations, parts: Mapping[int, range]) -> int:

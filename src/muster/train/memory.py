@@ -74,11 +74,13 @@ class _Parameters:
     def __init__(self, trainee: Trainee) -> None:
         self.gathered_bytes = 0
         self._model = trainee.model
-        self._shards: set[int] = set()
-        self._shards = {id(shard) for shard in self.now()}
+        self._shards = {id(shard) for shard in self._held()}
 
     def now(self) -> list[nn.Parameter]:
-        now = [parameter for _, parameter in [*self._model.named_parameters(), *self._model.copies()]]
+        now = self._held()
         gathered_bytes = held_bytes(p for p in now if id(p) not in self._shards)
         self.gathered_bytes = max(self.gathered_bytes, gathered_bytes)
         return now
+
+    def _held(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in [*self._model.named_parameters(), *self._model.copies()]]

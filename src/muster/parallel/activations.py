@@ -182,8 +182,9 @@ class Activations:
         return vocab * (rows * self.activation_bytes + exact * copies * FP32)
 
     def gradients(self) -> int:
-        """Gradients of activations that exist at a time: of hidden states and within the feed-forward block."""
-        return 2 * self.hidden + self.tokens * 3 * self._ffn() * self.activation_bytes
+        """Gradients of activations that exist at a time beside what is kept: of hidden states, and two of the
+        feed-forward block's inner ones (a third takes the place of the activation that made it)."""
+        return 2 * self.hidden + self.tokens * 2 * self._ffn() * self.activation_bytes
 
     def output_gradients(self) -> int:
         """Gradients of what a block's weights give: of q, k and v, of the feed-forward block within, four of (N, E)."""

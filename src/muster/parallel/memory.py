@@ -40,8 +40,10 @@ class Memory:
     forward_bytes: int
     """Transient while activations are kept: the logits of a chunk, and under ZeRO-3 the next block arriving."""
     backward_bytes: int
-    """Transient while gradients are made: of a block what is computed again and gradients of its activations, and after
-    them those of a unit's parameters as computed and as sent."""
+    """Transient in a block's backward pass: what is computed again and gradients of its activations, and after them the
+    gradients of its parameters as computed and as sent."""
+    closing_bytes: int
+    """Transient at the end of a backward pass: the gradients of embedding, norm and head, as computed and as sent."""
     returning_bytes: int
     """Activations that are kept while the gradients of earlier microbatches are there already."""
 
@@ -52,7 +54,9 @@ class Memory:
         transient = max(self.forward_bytes, self.backward_bytes)
         later = transient if self.returning_bytes == self.activations_bytes else self.backward_bytes
         return states + max(
-            self.activations_bytes + transient, self.returning_bytes + self.gradients_bytes + later
+            self.activations_bytes + transient,
+            self.returning_bytes + self.gradients_bytes + later,
+            self.gradients_bytes + self.closing_bytes,
         )
 
 
@@ -93,8 +97,10 @@ def estimate(
         pipeline_bytes=_pipeline(one, parts, flying, layout),
         forward_bytes=_logits(one, parts) + compute * _arriving(held, layout),
         backward_bytes=max(
-            one.recomputed() + _activation_gradients(one, parts), _reduction(held, layout, compute)
+            one.recomputed() + _activation_gradients(one, parts),
+            max(_reduction(unit, layout, compute) for unit in held if unit.layer is not None),
         ),
+        closing_bytes=max(_closing(unit, layout, compute) for unit in held if unit.layer is None),
         returning_bytes=_returning(activations, flying, layout),
     )
 
@@ -163,11 +169,21 @@ def _moment_elements(unit: Unit, optimizer: str) -> int:
     return sum(moments(name, len(shape)) * unit.shard_of(shape) for name, shape in unit.shapes.items())
 
 
-def _reduction(held: Sequence[Unit], layout: Layout, compute: int) -> int:
-    """The largest unit's gradients as computed, and as sent in fp32."""
-    largest = max(held, key=lambda unit: unit.elements)
+def _reduction(unit: Unit, layout: Layout, compute: int) -> int:
+    """A unit's gradients as computed, and as sent in fp32."""
     as_computed = 0 if sums_whole_gradients(layout) else compute
-    return largest.elements * (as_computed + FP32)
+    return unit.elements * (as_computed + FP32)
+
+
+def _closing(unit: Unit, layout: Layout, compute: int) -> int:
+    """The same for the last unit, beside all gradients: where ranks do not share it, what is sent is its gradient."""
+    computed = FP32 if sums_whole_gradients(layout) else compute
+    if unit.shard == 1:
+        return unit.elements * computed
+    return (
+        max(unit.elements * computed, unit.shard_elements * FP32)
+        + (unit.elements - unit.shard_elements) * FP32
+    )
 
 
 def _activation_gradients(one: Activations, parts: Mapping[int, range]) -> int:

@@ -49,14 +49,16 @@ class Memory:
 
     @property
     def total_bytes(self) -> int:
-        """The peak. In a backward pass activations go as gradients come, so it is at one end of it."""
-        states = self.parameters_bytes + self.gathered_bytes + self.optimizer_bytes + self.pipeline_bytes
+        """The peak. In a backward pass activations go as gradients come, so it is at one end of it; the last one of a
+        step drops gathered parameters on the way."""
+        states = self.parameters_bytes + self.optimizer_bytes + self.pipeline_bytes
+        computing = states + self.gathered_bytes
         transient = max(self.forward_bytes, self.backward_bytes)
         later = transient if self.returning_bytes == self.activations_bytes else self.backward_bytes
-        return states + max(
-            self.activations_bytes + transient,
-            self.returning_bytes + self.gradients_bytes + later,
-            self.gradients_bytes + self.closing_bytes,
+        again = self.returning_bytes + self.gradients_bytes + later if self.returning_bytes else 0
+        return max(
+            computing + max(self.activations_bytes + transient, again),
+            states + self.gradients_bytes + max(self.closing_bytes, self.backward_bytes),
         )
 
 

@@ -23,13 +23,10 @@ from typing import Any
 
 SEQUENCE, SEQUENCES, VOCAB = 512, 4, 8192
 DENSE: dict[str, Any] = {"family": "llama", "layers": 8, "width": 256, "heads": 4, "kv_heads": 2, "ffn": 704}
-SPARSE: dict[str, Any] = DENSE | {
-    "family": "mixtral",
-    "layers": 4,
-    "experts": 8,
-    "experts_per_token": 2,
-    "ffn": 352,
-}
+SPARSE: dict[str, Any] = {
+    "family": "mixtral", "layers": 4, "width": 256, "heads": 4, "kv_heads": 2, "experts": 8, "experts_per_token": 2,
+    "expert_ffn": 352,
+}  # fmt: skip
 ONE = {"microbatch": 4}
 CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     **{

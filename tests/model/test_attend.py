@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muster.model.attend import attend, training_kernel, visible
-from muster.model.blocked import BLOCK_ROWS, SHORT_BLOCK_ROWS
+from muster.model.blocks import BLOCK_ROWS, SHORT_BLOCK_ROWS
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int | None) -> Tensor:

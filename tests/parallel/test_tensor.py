@@ -11,7 +11,7 @@ import pytest
 from muster.config import schema
 from muster.model.build import spec_from_config
 from muster.model.transformer import parameter_names
-from muster.parallel.tensor import PLAN, plan_of
+from muster.parallel.tensor_plan import PLAN, plan_of
 from muster.parallel.vocabulary import parts
 
 FAMILIES = get_args(schema.Family)

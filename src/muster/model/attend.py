@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from muster.model import blocks
 from muster.model.blocked import BlockedAttention
 from muster.model.partial import TiledAttention
-
-_BLOCKED_MAX_TOKENS = 2048
 
 
 class Attend(Protocol):
@@ -45,7 +44,7 @@ def attend(
     if _is_blocked(T, q.device.type) and torch.is_grad_enabled():
         out: Tensor = BlockedAttention.apply(q, k, v, documents, window)  # type: ignore[no-untyped-call]
         return out
-    if q.device.type == "cpu" and T > _BLOCKED_MAX_TOKENS and (documents is not None or window is not None):
+    if q.device.type == "cpu" and T > blocks.MAX_TOKENS and (documents is not None or window is not None):
         tiled: Tensor = TiledAttention.apply(q, k, v, documents, window)  # type: ignore[no-untyped-call]
         return tiled
     if documents is None and window is None:
@@ -65,14 +64,14 @@ def training_kernel(tokens: int, device: str) -> tuple[str, str]:
         return "blocks of matrix products", f"measured on CPU: {gain}"
     if device == "cpu":
         reason = (
-            f"beyond {_BLOCKED_MAX_TOKENS} tokens, blocks take too much memory; tiles where a mask is needed"
+            f"beyond {blocks.MAX_TOKENS} tokens, blocks take too much memory; tiles where a mask is needed"
         )
         return "scaled_dot_product_attention", reason
     return "scaled_dot_product_attention", "the flash kernel of a GPU"
 
 
 def _is_blocked(tokens: int, device: str) -> bool:
-    return device == "cpu" and tokens <= _BLOCKED_MAX_TOKENS
+    return device == "cpu" and tokens <= blocks.MAX_TOKENS
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, window: int | None = None) -> Tensor:

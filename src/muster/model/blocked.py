@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_ROWS, SHORT_BLOCK_ROWS = 128, 64
-_SHORT_TOKENS = 256
-"""Up to here smaller blocks pay, which compute fewer of the masked scores: 8 % at 256 tokens."""
+from muster.model.blocks import block as block_of
+from muster.model.blocks import rows as rows_of
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -34,8 +33,8 @@ class BlockedAttention(torch.autograd.Function):
         k, v = k.reshape(B * K, T, D), v.reshape(B * K, T, D)
         out = torch.empty_like(rows)
         kept = []
-        for start in range(0, T, _rows(T)):
-            queries, keys = _block(start, T, window)
+        for start in range(0, T, rows_of(T)):
+            queries, keys = block_of(start, T, window)
             block = rows[:, :, queries].reshape(B * K, -1, D)  # (B*K, G*rows, D)
             scores = block.new_empty(B * K, block.shape[1], keys.stop - keys.start)
             torch.baddbmm(scores, block, k[:, keys].transpose(1, 2), beta=0, alpha=scale, out=scores)
@@ -55,8 +54,8 @@ class BlockedAttention(torch.autograd.Function):
         scale = 1 / math.sqrt(D)
         grad = grads[0].reshape(rows.shape)
         grad_q, grad_k, grad_v = torch.empty_like(rows), torch.zeros_like(k), torch.zeros_like(v)
-        for start, probabilities in zip(range(0, T, _rows(T)), kept, strict=True):
-            queries, keys = _block(start, T, ctx.window)
+        for start, probabilities in zip(range(0, T, rows_of(T)), kept, strict=True):
+            queries, keys = block_of(start, T, ctx.window)
             block = rows[:, :, queries].reshape(B * K, -1, D)
             grad_out = grad[:, :, queries].reshape(block.shape)
             grad_v[:, keys].baddbmm_(probabilities.transpose(1, 2), grad_out)
@@ -65,17 +64,6 @@ class BlockedAttention(torch.autograd.Function):
             grad_q[:, :, queries] = torch.bmm(grad_s, k[:, keys]).mul_(scale).view(B * K, H // K, -1, D)
             grad_k[:, keys].baddbmm_(grad_s.transpose(1, 2), block, alpha=scale)
         return grad_q.view(B, H, T, D), grad_k.view(B, K, T, D), grad_v.view(B, K, T, D), None, None
-
-
-def _rows(length: int) -> int:
-    return SHORT_BLOCK_ROWS if length <= _SHORT_TOKENS else BLOCK_ROWS
-
-
-def _block(start: int, length: int, window: int | None) -> tuple[slice, slice]:
-    """The query rows of a block, and the keys that any of them may see."""
-    stop = min(start + _rows(length), length)
-    first = 0 if window is None else max(start - window + 1, 0)
-    return slice(start, stop), slice(first, stop)
 
 
 def _mask_(scores: Tensor, queries: slice, keys: slice, documents: Tensor | None, window: int | None) -> None:

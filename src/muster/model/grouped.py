@@ -5,6 +5,8 @@ N rows, I and O features of a row before and after, X groups.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,4 +40,19 @@ def round_up(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sizes = (counts + _SIZE - 1) // _SIZE * _SIZE
     added = (sizes - counts).cumsum(0) - (sizes - counts)  # before each group
     places = torch.arange(len(rows), device=rows.device) + added.repeat_interleave(counts)
-    return rows.new_zeros(int(sizes.sum()), rows.shape[1]).index_copy(0, places, rows), places, sizes
+    spread: Tensor = _Spread.apply(rows, places, int(sizes.sum()))  # type: ignore[no-untyped-call]
+    return spread, places, sizes
+
+
+class _Spread(torch.autograd.Function):
+    """`index_copy` into zeros, which would keep the rows for their shape."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, length: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return rows.new_zeros(length, rows.shape[1]).index_copy_(0, places, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return gradients[0].index_select(0, places), None, None

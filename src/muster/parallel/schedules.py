@@ -6,7 +6,7 @@ ranks, stages and microbatches (`tests/parallel/test_schedules.py` repeats it).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 _MOST_MICROBATCHES = 1 << 16
@@ -128,3 +128,42 @@ def _other_microbatches(kind: Schedule, ranks: int, microbatches: int, sequences
         f"the {sequences} sequences of a rank are too few; use fewer replicate, shard or pipeline ranks, or a "
         f"train.batch_tokens that gives each rank {needed} sequences"
     )
+
+
+def in_flight(
+    schedule: str, rank: int, *, ranks: int, stages_per_rank: int, microbatches: int
+) -> list[dict[int, int]]:
+    """Of how many microbatches each stage of a rank keeps activations: the combinations among which the most is.
+
+    Where the backward pass is split, a microbatch's are kept until the gradients of the weights are done. Never too
+    few; too many for some schedules with fewer microbatches than they can use.
+    """
+    own = stages_of_rank(schedule, rank, ranks, stages_per_rank)
+    kind = SCHEDULES[schedule]
+    if schedule == "gpipe":
+        found = [dict.fromkeys(own, microbatches)]
+    elif schedule == "1f1b":
+        found = [dict.fromkeys(own, ranks - rank)]
+    elif kind.v_shaped:
+        down = 2 * ranks - rank
+        found = [dict(zip(own, counts, strict=True)) for counts in ((down, rank), (down - 1, rank + 1))]
+        if schedule == "dualpipev":
+            found = [dict(zip(own, (down, rank + 1), strict=True))]
+    else:
+        found = list(_interleaved(own, rank, ranks, microbatches, splits=kind.splits_backward))
+    return [{stage: min(count, microbatches) for stage, count in counts.items()} for counts in found]
+
+
+def _interleaved(
+    own: list[int], rank: int, ranks: int, microbatches: int, *, splits: bool
+) -> Iterator[dict[int, int]]:
+    """After each forward pass. A round of microbatches goes forward on each stage in turn, and backward in reverse."""
+    a_round = microbatches // max(microbatches // ranks, 1)
+    ahead = (len(own) - 1) * a_round + (1 if splits else 2) * (ranks - 1 - rank)
+    now = dict.fromkeys(own, 0)
+    for passes in range(len(own) * microbatches):
+        now[own[passes // a_round % len(own)]] += 1
+        yield dict(now)
+        done = passes - ahead - (rank if splits else 0)  # gradients of weights follow `rank` passes later
+        if done >= 0:
+            now[own[-1 - done // a_round % len(own)]] -= 1

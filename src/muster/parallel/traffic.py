@@ -20,7 +20,7 @@ from muster.comm.formulas import Unit, zero_traffic
 from muster.comm.traffic import Traffic
 from muster.model.spec import TransformerSpec
 from muster.model.transformer import Transformer
-from muster.parallel import tensor, vocabulary
+from muster.parallel import tensor_plan, vocabulary
 from muster.parallel.layout import Layout
 from muster.parallel.mesh import Place
 from muster.parallel.model import layers_of_rank
@@ -221,10 +221,10 @@ class _Step:
             is_summed = False
             if self.layout.tensor > 1:
                 degrees = {"kv_heads": self.spec.kv_heads, "ranks": self.layout.tensor}
-                dim = tensor.divided_dim(name, **degrees)
+                dim = tensor_plan.divided_dim(name, **degrees)
                 if dim is not None:
                     shape[dim] = _part(shape[dim], self.layout.tensor, self.place.tensor)
-                is_summed = tensor.is_summed(name, **degrees, sequence=self.layout.sequence_parallel)
+                is_summed = tensor_plan.is_summed(name, **degrees, sequence=self.layout.sequence_parallel)
             # A block of its own, or what is left of the stage.
             unit = ".".join(name.split(".")[:2]) if name.startswith("layers.") else f"rest of {layers}"
             yield _Held(unit, is_expert, tuple(shape), is_summed)

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BENCH = ROOT / "benchmarks" / "results" / "train_cpu.json"
 ATTENTION = ROOT / "benchmarks" / "results" / "attention_cpu.json"
+PEERS = ROOT / "benchmarks" / "results" / "deepspeed_cpu.json"
 _BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 _READY_S = 60.0
 
@@ -107,6 +108,7 @@ def main() -> None:
     markdown = paste(markdown, "demo", demo_excerpt((ROOT / "build" / "demo.log").read_text()))
     markdown = paste(markdown, "bench", bench_table(json.loads(BENCH.read_text())))
     markdown = paste(markdown, "attention", attention_table(json.loads(ATTENTION.read_text())))
+    markdown = paste(markdown, "peers", peers_table(json.loads(PEERS.read_text())))
     README.write_text(markdown)
 
 
@@ -144,6 +146,22 @@ def bench_table(result: dict[str, Any]) -> str:
             f"| **{cell['ratio']:.2f}** | {cell['mfu']:.0%} |"
         )
     rows.append(f"\nGeometric mean {result['geometric_mean']:.2f}. {result['machine']}, {result['date']}.")
+    return "\n".join(rows) + "\n"
+
+
+def peers_table(result: dict[str, Any]) -> str:
+    """Ratios of speed and of peak memory to the peers of parallel training."""
+    rows = [
+        "| technique | model | beside | muster tokens/s | theirs | ratio | peak memory, ours to theirs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cell in result["cells"]:
+        rates = f"{cell['muster_tokens_per_s']:.0f} | {cell['peer_tokens_per_s']:.0f}"
+        rows.append(
+            f"| {cell['name']} | {cell['size']} | {cell['peer'].split()[0]} | {rates} | **{cell['ratio']:.2f}** "
+            f"| {cell['rss_ratio']:.2f} |"
+        )
+    rows.append(f"\n{result['machine']}, {result['date']}; {', '.join(result['packages'])}.")
     return "\n".join(rows) + "\n"
 
 

@@ -12,7 +12,8 @@ from muster.config import schema
 from muster.config.digest import differences, digest, identity
 from muster.data.progress import Progress
 from muster.errors import UsageError
-from muster.observe.format import count
+from muster.observe.format import count, size
+from muster.parallel.memory import estimate
 from muster.parallel.world import join
 from muster.train import plan as planning
 from muster.train.loop import train
@@ -69,8 +70,31 @@ def describe(plan: Plan) -> list[str]:
         f"data    {tokens}; {corpus.report}",
         f"train   {plan.steps} steps of {plan.run.train.batch_tokens} tokens, {plan.run.train.precision}",
         f"layout  {layout} ({layout.reason})",
+        f"memory  {_memory(plan)}",
         f"attend  {plan.attention}",
     ]
+
+
+def _memory(plan: Plan) -> str:
+    """What the rank that needs most will hold in tensors at its peak, by the formulas of `parallel/memory.py`."""
+    train = plan.run.train
+    needs = [
+        estimate(
+            plan.spec,
+            plan.layout,
+            sequence=plan.sequence,
+            precision=train.precision,
+            optimizer=train.optimizer.kind,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            pipeline_rank=rank,
+        )
+        for rank in range(plan.layout.pipeline)
+    ]
+    most = max(needs, key=lambda need: need.total_bytes)
+    return (
+        f"{size(most.total_bytes)} of tensors on a rank at its peak: parameters {size(most.parameters_bytes)}, "
+        f"optimizer {size(most.optimizer_bytes)}, activations {size(most.activations_bytes)}, and buffers"
+    )
 
 
 def run_rank(run: schema.Run, *, base: Path, folder: Path) -> None:

@@ -109,7 +109,7 @@ def step(run: dict[str, Any], spec: TransformerSpec) -> Rank:
         made = replace(made, train=replace(made.train, tokens=batch_tokens, batch_tokens=batch_tokens))
         layout = resolve(made, spec, cores=1, gpus=0, ranks=world.size)
         training = Training(
-            run=made, folder=Path(), spec=spec, layout=layout, attention="", model_folder=None,
+            run=made, folder=Path(), spec=spec, layout=layout, model_folder=None,
             sequence=spec.context, steps=1,
         )  # fmt: skip
         batches = [random_batch(layout.microbatch, spec, number) for number in range(layout.accumulate)]

@@ -119,7 +119,7 @@ def _on_rank(made: Case, folder: Path, work: Callable[..., list[float]]) -> list
     run = load_resolved(made.run)
     with join() as world:
         training = Training(
-            run=run, folder=folder, spec=made.spec, attention="", model_folder=None, sequence=made.spec.context,
+            run=run, folder=folder, spec=made.spec, model_folder=None, sequence=made.spec.context,
             layout=resolve(run, made.spec, cores=1, gpus=0, ranks=world.size), steps=STEPS,
         )  # fmt: skip
         trainee = Trainee(training, world)

@@ -28,7 +28,7 @@ def peak(actions: Sequence[Action], size: Callable[[int], int]) -> int:
 def test_in_flight_is_what_torch_does(schedule: str, ranks: int, microbatches: int, stages: int) -> None:
     stages = stages if SCHEDULES[schedule].variable else SCHEDULES[schedule].stages_per_rank
     figures = {"ranks": ranks, "stages_per_rank": stages, "microbatches": microbatches}
-    if schedule_problems(schedule, **figures):
+    if schedule_problems(schedule, **figures, sequences=microbatches):
         pytest.skip("torch has no such schedule")
     sizes: list[Callable[[int], int]] = [lambda _: 1, lambda stage: 1 + stage, lambda stage: 20 - stage]
     for rank, actions in enumerate(orders(schedule, **figures)):

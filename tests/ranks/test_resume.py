@@ -178,11 +178,11 @@ def train_poisoned(run: dict[str, Any], base: str, folder: str) -> None:
 
     honest, calls = gradients.squared_norm, []
 
-    def squared_norm(named: Any) -> float:
+    def squared_norm(named: Any, *rest: Any) -> float:
         calls.append(1)
         if len(calls) == 3 and os.environ["RANK"] == "1":
             dict(named)["layers.1.mlp.up.weight"].grad.to_local()[0, 0] = float("nan")
-        return honest(named)
+        return honest(named, *rest)
 
     gradients.squared_norm = squared_norm
     train_here(run, base, folder)

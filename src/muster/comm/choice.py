@@ -14,9 +14,10 @@ int8        all-gather of int8
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,8 @@ class Choice:
     @property
     def reduce_dtype(self) -> torch.dtype:
         """The dtype in which FSDP2 reduces gradients, or in which received int8 chunks are summed."""
+        import torch  # plans are made without it
+
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.gradients, torch.float32)
 
     @property

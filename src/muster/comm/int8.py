@@ -23,10 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from muster.comm.collectives import all_gather
 from muster.comm.quantize import add_decoded, decode, encode, encoded_bytes
-
-# torch 2.13 renamed it and warns about the old name.
-_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
 
 class Feedback:
@@ -75,7 +73,7 @@ class Int8AllGather(_Allocating):
             raise TypeError("int8 parameters need one floating-point dtype in all of a unit")
         mine = encode(input_tensor.view(1, -1))
         arrived = mine.new_empty((group.size(), mine.shape[1]))
-        _all_gather(arrived, mine, group=group)
+        all_gather(arrived, mine, group=group)
         decode(arrived, output_tensor.view(group.size(), -1))
 
 
@@ -138,7 +136,7 @@ class Int8AllReduce:
         mean.div_(ranks)
         mine = self._sums.encode(mean.view(1, -1))
         arrived = mine.new_empty((ranks, mine.shape[1]))
-        _all_gather(arrived, mine, group=self._group)
+        all_gather(arrived, mine, group=self._group)
         decode(arrived, parts := gradient.new_empty((ranks, mean.numel())))
         gradient.copy_(parts.view(-1)[: gradient.numel()])
 

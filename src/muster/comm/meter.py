@@ -49,6 +49,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             "c10d",
             "_c10d_functional",
             "_dtensor",
+            "muster",
         ):
             self._record(func, args)
         return func(*args, **(kwargs or {}))
@@ -138,6 +139,8 @@ _COLLECTIVES: dict[str, tuple[Kind, _Payload]] = {
     "_c10d_functional::all_to_all_single": ("all-to-all", _argument(0)),
     "_c10d_functional::broadcast": ("broadcast", _argument(0)),
     "_dtensor::shard_dim_alltoall": ("all-to-all", _argument(0)),
+    "muster::all_gather": ("all-gather", _argument(0)),
+    "muster::reduce_scatter": ("reduce-scatter", _argument(1)),
 }
 _SILENT = {
     "c10d::recv_",

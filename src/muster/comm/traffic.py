@@ -11,8 +11,8 @@ Two figures for each, exact integers, seen from one rank in a group of n:
     send            the message               the message; the receiver counts nothing
 
 `payload_bytes` does not depend on the library. `sent_bytes` is what a ring sends
-(Patarasuk and Yuan 2009) and a lower bound for every other algorithm: gloo's
-reduce-scatter, for one, really is an all-reduce. Summed over the ranks of a run it is the
+(Patarasuk and Yuan 2009), or whoever sends each part straight to the rank that wants it
+(`collectives.py`), and a lower bound for every other algorithm. Summed over the ranks of a run it is the
 volume that links carry. Knows no groups and no tensors.
 """
 

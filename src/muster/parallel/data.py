@@ -24,10 +24,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from muster.model.moe import MoE
 from muster.model.transformer import Transformer
-from muster.parallel import offload
+from muster.parallel import offload, reduction
 from muster.parallel.layout import Layout
 from muster.parallel.mesh import Mesh
-from muster.parallel.reduction import InPlaceReduction
 
 
 def shard(model: Transformer, mesh: Mesh, compute: torch.dtype) -> None:
@@ -42,20 +41,20 @@ def shard(model: Transformer, mesh: Mesh, compute: torch.dtype) -> None:
         cast_forward_inputs=False,
     )
     units = list(_units(model, mesh))
+    ends: list[list[nn.Module | None]] = [[model.embed], [model]]
     for unit, data in units:
-        # The last unit is gathered as long as any of it is in use: the embedding at one end, the head at the other.
+        # The model's own unit is gathered as long as any of it is in use: a tied embedding at both ends. An
+        # embedding of its own stays as well, as gathering it again in the backward pass would be for nothing.
         fully_shard(
             unit,
             mesh=data,
-            reshard_after_forward=layout.zero == 3 and unit != [model],
+            reshard_after_forward=layout.zero == 3 and unit not in ends,
             mp_policy=policy,
             offload_policy=offload.policy(layout.offload),
         )
-        if data["shard"].size() == 1:
-            # Its base class is private to torch, which asks for no more than these two methods.
-            _first(unit).set_custom_reduce_scatter(InPlaceReduction())  # type: ignore[arg-type]
+        reduction.install(_first(unit), shard=data["shard"].size(), device=mesh.device)
     if layout.zero == 3:
-        blocks = [_first(unit) for unit, _ in units if unit != [model]]
+        blocks = [_first(unit) for unit, _ in units if unit not in ends]
         for index, block in enumerate(blocks):
             block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + layout.prefetch])
             block.set_modules_to_backward_prefetch(blocks[max(index - layout.prefetch, 0) : index][::-1])
@@ -73,6 +72,11 @@ def _units(model: Transformer, mesh: Mesh) -> Iterator[tuple[list[nn.Module], De
             if mesh.layout.expert > 1 and isinstance(block.mlp, MoE):
                 yield [block.mlp.experts], mesh.expert_data()
         yield list[nn.Module](bucket), mesh.dense_data()
+    if model.embed is not None and model.head is not None:
+        yield (
+            [model.embed],
+            mesh.dense_data(),
+        )  # reduced apart from the head, which is as large: half the buffers
     yield [model], mesh.dense_data()
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muster.parallel.collectives import all_gather, reduce_scatter
+from muster.comm.collectives import all_gather, reduce_scatter
 
 
 class Exchange:

@@ -1,7 +1,7 @@
 """The parameters that a rank holds, as names and shapes: what memory is made of before there is a model.
 
 Pure; knows no torch. Names are those of the undivided model. The units are FSDP2's (`data.py`): each block, experts
-that are divided, and the rest of a stage together.
+that are divided, the embedding where the head is another matrix of the same stage, and the rest of a stage together.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ def units(spec: TransformerSpec, layout: Layout, layers: range) -> Iterator[Unit
             yield Unit(shapes=experts, shard=sparse, layer=layer)
             named = {name: shape for name, shape in named.items() if name not in experts}
         yield Unit(shapes=named, shard=dense, layer=layer)
-    yield Unit(shapes=_divided(_around(spec, layers), "", spec, layout), shard=dense, layer=None)
+    around = _divided(_around(spec, layers), "", spec, layout)
+    if "head.weight" in around and "embed.weight" in around:
+        yield Unit(shapes={"embed.weight": around.pop("embed.weight")}, shard=dense, layer=None)
+    yield Unit(shapes=around, shard=dense, layer=None)
 
 
 def shard_ranks(layout: Layout) -> tuple[int, int]:

@@ -225,9 +225,9 @@ class _Step:
                 if dim is not None:
                     shape[dim] = _part(shape[dim], self.layout.tensor, self.place.tensor)
                 is_summed = tensor_plan.is_summed(name, **degrees, sequence=self.layout.sequence_parallel)
-            # A block of its own, or what is left of the stage.
-            unit = ".".join(name.split(".")[:2]) if name.startswith("layers.") else f"rest of {layers}"
-            yield _Held(unit, is_expert, tuple(shape), is_summed)
+            yield _Held(
+                _unit(name, layers, has_head=model.head is not None), is_expert, tuple(shape), is_summed
+            )
 
     def _own_vocabulary(self) -> int:
         """Rows of the embedding that are this rank's in the end."""
@@ -241,3 +241,12 @@ class _Step:
 def _part(size: int, ranks: int, rank: int) -> int:
     """What a rank holds of a dim, as DTensor divides it: equal parts, the last ones smaller."""
     return len(vocabulary.parts(size, ranks)[rank])
+
+
+def _unit(name: str, layers: range, *, has_head: bool) -> str:
+    """A block, an embedding beside a head of its own, or what is left of the stage with these layers (`data.py`)."""
+    if name.startswith("layers."):
+        return ".".join(name.split(".")[:2])
+    if name.startswith("embed.") and has_head:
+        return name
+    return f"rest of {layers}"

@@ -79,11 +79,11 @@ def rank_pids(agent: int) -> list[int]:
     found = {}
     for child in psutil.Process(agent).children(recursive=True):
         try:
-            rank = child.environ().get("RANK") if child.ppid() != agent else None
+            name = child.name()
         except psutil.Error:
             continue
-        if rank is not None:
-            found[int(rank)] = child.pid
+        if name.startswith("rank-"):
+            found[int(name.removeprefix("rank-"))] = child.pid
     return [found[rank] for rank in sorted(found)]
 
 

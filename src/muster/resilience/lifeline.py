@@ -30,7 +30,7 @@ _CERTAIN = (UsageError, DoesNotFit, ParityError, CheckpointError)
 """Errors that would come again however often the ranks are restarted."""
 _CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "DistNetworkError")
 """What a rank says when another one has died."""
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _STEP = struct.Struct("<q")
 
 
@@ -105,6 +105,12 @@ def die_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # it ended before the request was made
+
+
+def name_process(name: str) -> None:
+    """What `top` and `ps -e` call this process, up to 15 characters; Linux only."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15])
 
 
 def _leave(exit_code: int) -> None:

@@ -20,7 +20,7 @@ import socket
 import sys
 from typing import Any
 
-from muster.resilience.lifeline import die_with_parent
+from muster.resilience.lifeline import die_with_parent, name_process
 
 _PRELOADED = ("muster.train.entry", "muster.cli.train", "torch._dynamo", "torch.distributed.pipelining")
 
@@ -105,6 +105,7 @@ def _become_rank(request: dict[str, Any], *inherited: socket.socket) -> None:
         die_with_parent(parent)
         os.environ.clear()
         os.environ.update(request["env"])
+        name_process(f"rank-{os.environ.get('RANK', '?')}")
         if request["log"] is not None:
             target = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(target, 1)

@@ -28,8 +28,8 @@ from muster.resilience.ranks import Place, Ranks, Zygote
 from muster.resilience.rendezvous import Closed, Link, Message, Monitor, Server, connect, listen
 
 _POLL_S = 0.05
-_CAUSE_WAIT_S = 0.05
-"""How long after a rank's end its peers on this machine may tell what they died of."""
+_CAUSE_WAIT_S = 1.0
+"""How long a rank that only lost its peer waits for the peer to be seen dead: its last moments take a while."""
 _RETRY_S = 0.5
 _HEAR_S = 5.0
 _AGAIN = "run the same command again to resume from the newest checkpoint"
@@ -241,7 +241,7 @@ class _Agent:
             self._deadline = now + self.job.grace_s
         if failure is not None and not ranks.over:
             self._failed_at = self._failed_at or now
-            if now >= self._failed_at + _CAUSE_WAIT_S:
+            if not failure.consequence or now >= self._failed_at + _CAUSE_WAIT_S:
                 ranks.kill()
         if self._deadline is not None and now >= self._deadline and not ranks.over:
             self._overdue = True

@@ -18,7 +18,7 @@ from muster.resilience.budget import Budget, Failure
 
 JOIN_WAIT_S = 15.0
 """How long the first start waits for further nodes when there are enough, but not all."""
-SETTLE_S = 10.0
+SETTLE_S = 3.0
 """How long a node must have been there before a running attempt is interrupted to take it in."""
 CAUSE_WAIT_S = 0.3
 """How long a rank that only lost its peer waits for the peer's node to say why."""

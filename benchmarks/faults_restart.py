@@ -102,9 +102,13 @@ def wait_event(
             if event.get("step", least) >= least:
                 return event
         if job.poll() is not None and not events(folder, name, kind, after):
-            raise RuntimeError(f"the run ended with {job.returncode}: {(folder / f'{name}.log').read_text()[-2000:]}")
+            raise RuntimeError(
+                f"the run ended with {job.returncode}: {(folder / f'{name}.log').read_text()[-2000:]}"
+            )
         time.sleep(0.005)
-    raise RuntimeError(f"no event '{kind}' within {_DEADLINE_S:.0f} s: {(folder / f'{name}.log').read_text()[-2000:]}")
+    raise RuntimeError(
+        f"no event '{kind}' within {_DEADLINE_S:.0f} s: {(folder / f'{name}.log').read_text()[-2000:]}"
+    )
 
 
 def kill_a_rank(folder: Path, name: str, job: subprocess.Popen[bytes], chance: random.Random) -> Restart:
@@ -118,7 +122,9 @@ def kill_a_rank(folder: Path, name: str, job: subprocess.Popen[bytes], chance: r
     os.kill(pids[rank], signal.SIGKILL)
     noticed = wait_event(folder, name, "restart", job, after=killed)
     started = wait_event(folder, name, "started", job, after=noticed["time"])
-    before = max(event["step"] for event in events(folder, name, "checkpoint") if event["time"] < noticed["time"])
+    before = max(
+        event["step"] for event in events(folder, name, "checkpoint") if event["time"] < noticed["time"]
+    )
     committed = wait_event(folder, name, "checkpoint", job, after=started["time"], least=before + 1)
     return Restart(
         rank=rank,

@@ -39,7 +39,9 @@ def folder(tmp_path: Path) -> Path:
 
 def undisturbed(folder: Path, steps: int, ranks: int, run_ranks: Any) -> dict[int, float]:
     """The losses of the first steps, trained by ranks that nobody touches."""
-    run = load_run(folder / "run.yaml", [f"train.tokens={steps * 256}", f"layout.replicate={ranks}"]).to_dict()
+    run = load_run(
+        folder / "run.yaml", [f"train.tokens={steps * 256}", f"layout.replicate={ranks}"]
+    ).to_dict()
     from tests.toy import train_here
 
     run_ranks(ranks, train_here, run, str(folder), str(folder / "runs" / "straight"))

@@ -22,7 +22,13 @@ from typing import Any
 
 from muster.resilience.lifeline import die_with_parent, name_process
 
-_PRELOADED = ("muster.train.entry", "muster.cli.train", "muster.config.load", "torch._dynamo", "torch.distributed.pipelining")
+_PRELOADED = (
+    "muster.train.entry",
+    "muster.cli.train",
+    "muster.config.load",
+    "torch._dynamo",
+    "torch.distributed.pipelining",
+)
 
 
 def main(descriptor: int) -> None:

@@ -153,6 +153,9 @@ class Coordinator:
                 actions += self._stop("checkpoint")
             if outcome.leaving:
                 self._nodes.pop(name, None)
+        elif outcome.kind == "stopped" and self._cause is None:
+            self._cause = Failure(sentence=f"the ranks of {name} were killed by nobody's order", node=name)
+            actions += self._stop("kill")
         return actions + self._settle(now)
 
     def complain(self, sentence: str, now: float) -> list[Action]:

@@ -135,7 +135,8 @@ class Ranks:
     """Folder for the output of all ranks but the first of the world, which keeps the terminal."""
     _notes: Path = field(init=False)
     _asked: list[int] = field(init=False)
-    _killed: bool = field(default=False, init=False)
+    _killed: set[int] = field(default_factory=set, init=False)
+    """Those that still ran when they were killed from here."""
 
     def __post_init__(self) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -167,7 +168,7 @@ class Ranks:
             self.zygote.signal(asked, number)
 
     def kill(self) -> None:
-        self._killed = True
+        self._killed |= {local for local, code in enumerate(self.codes) if code is None}
         self.signal(signal.SIGKILL)
 
     def failure(self, node: str = "") -> Failure | None:
@@ -177,7 +178,7 @@ class Ranks:
         """
         found = []
         for local, code in enumerate(self.codes):
-            if code in (None, 0, Preempted.exit_code) or (self._killed and code == -signal.SIGKILL):
+            if code in (None, 0, Preempted.exit_code) or (local in self._killed and code == -signal.SIGKILL):
                 continue
             assert code is not None
             note = self._note(local) if code > 0 else {}

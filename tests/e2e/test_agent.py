@@ -1,4 +1,4 @@
-"""Faults of a whole job, with real signals: what is lost is made good, and the losses are those of an undisturbed run."""
+"""Faults of a whole job, with real signals: it goes on, and its losses are those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_kills_and_stops_of_one_machine(folder: Path, run_ranks: Any) -> None:
         os.kill(job.pid, signal.SIGINT)  # the agent
         assert job.wait(timeout=60) == 75, said(folder)
         resumed = [event["step"] for event in trial.events(folder, "run", "resumed")]
-        stopped = [event for event in trial.events(folder, "run", "preempted")]
+        stopped = trial.events(folder, "run", "preempted")
         assert f"stopped at step {resumed[-1]}" in stopped[0]["error"]  # not a step was lost
 
         job, began = trial.start(folder, "run", "faults.restarts=0"), time.time()

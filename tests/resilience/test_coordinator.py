@@ -1,4 +1,4 @@
-"""The coordinator on virtual time: what it orders, and under a thousand seeds of faults that it never orders nonsense."""
+"""The coordinator on virtual time: what it orders, and that it orders no nonsense under a thousand seeds of faults."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_all_nodes_start_at_once_and_some_only_after_a_while() -> None:
 
 def test_what_is_missing_is_said_once() -> None:
     machine = coordinator(nodes=(1, 4), wanted=8, unit=4)
-    (joined, waiting) = machine.joined("a", 3, 0.0)
+    _, waiting = machine.joined("a", 3, 0.0)
     assert isinstance(waiting, Say)
     assert waiting.sentence == "waiting for more ranks: this layout needs 4 at least, and 3 are here"
     assert not machine.tick(100.0)

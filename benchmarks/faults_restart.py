@@ -1,10 +1,11 @@
 """What a restart costs: kill -9 of a random rank of `muster train`, and the time until the next step is committed.
 
-    python benchmarks/faults_restart.py [--trials 30] [--seed 0] [--json FILE]
+    python benchmarks/faults_restart.py [--trials 30] [--seed 0] [--torchrun] [--json FILE]
 
 Every step is committed (`checkpoint: {every: 1 steps}`), so the figure holds everything: noticing, ending the other
 ranks, starting anew, joining, loading and verifying the checkpoint, one step, and saving it. The losses of all steps
-are then compared with those of an undisturbed run: they must be equal bit for bit.
+are then compared with those of an undisturbed run: they must be equal bit for bit. --torchrun has torch's own
+launcher start and restart the same ranks.
 """
 
 from __future__ import annotations
@@ -60,9 +61,21 @@ def write_run(folder: Path, name: str, *, steps: int, every: int = 1) -> None:
     (folder / f"{name}.yaml").write_text(RUN_FILE.format(name=name, tokens=steps * 512, every=every))
 
 
-def start(folder: Path, name: str, *more: str) -> subprocess.Popen[bytes]:
+_TORCHRUN = [
+    *(
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+    ),
+    *("--local-addr=127.0.0.1", "--max-restarts=1000", "-m"),
+]
+
+
+def start(folder: Path, name: str, *more: str, torchrun: bool = False) -> subprocess.Popen[bytes]:
     """`muster train` in a session of its own; what it says is in NAME.log."""
-    command = [sys.executable, "-m", "muster", "train", f"{name}.yaml", *more]
+    command = [sys.executable, *(_TORCHRUN if torchrun else ["-m"]), "muster", "train", f"{name}.yaml", *more]
     with (folder / f"{name}.log").open("ab") as log:
         return subprocess.Popen(
             command,
@@ -80,10 +93,11 @@ def rank_pids(agent: int) -> list[int]:
     for child in psutil.Process(agent).children(recursive=True):
         try:
             name = child.name()
+            rank = name.removeprefix("rank-") if name.startswith("rank-") else child.environ().get("RANK")
         except psutil.Error:
             continue
-        if name.startswith("rank-"):
-            found[int(name.removeprefix("rank-"))] = child.pid
+        if rank is not None:
+            found[int(rank)] = child.pid
     return [found[rank] for rank in sorted(found)]
 
 
@@ -120,11 +134,12 @@ def kill_a_rank(folder: Path, name: str, job: subprocess.Popen[bytes], chance: r
     rank = chance.randrange(len(pids))
     killed = time.time()
     os.kill(pids[rank], signal.SIGKILL)
-    noticed = wait_event(folder, name, "restart", job, after=killed)
-    started = wait_event(folder, name, "started", job, after=noticed["time"])
-    before = max(
-        event["step"] for event in events(folder, name, "checkpoint") if event["time"] < noticed["time"]
-    )
+    started = wait_event(folder, name, "started", job, after=killed)
+    noticed = next(
+        iter(events(folder, name, "restart", killed)), {"time": float("nan")}
+    )  # torchrun notes none
+    saved = events(folder, name, "checkpoint")
+    before = max(event["step"] for event in saved if event["time"] < started["time"])
     committed = wait_event(folder, name, "checkpoint", job, after=started["time"], least=before + 1)
     return Restart(
         rank=rank,
@@ -141,13 +156,13 @@ def losses(folder: Path, name: str) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 
-def trials(folder: Path, count: int, seed: int) -> tuple[list[Restart], bool]:
+def trials(folder: Path, count: int, seed: int, *, torchrun: bool = False) -> tuple[list[Restart], bool]:
     """So many kills of one run, and whether its losses equal an undisturbed run's, bit for bit."""
     steps = 60 * count
     write_run(folder, "killed", steps=steps)
     write_run(folder, "straight", steps=steps, every=steps)
     chance = random.Random(seed)
-    job = start(folder, "killed")
+    job = start(folder, "killed", torchrun=torchrun)
     try:
         wait_event(folder, "killed", "started", job)
         restarts = [kill_a_rank(folder, "killed", job, chance) for _ in range(count)]
@@ -171,10 +186,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--torchrun", action="store_true")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="muster-restart-") as folder:
-        restarts, equal = trials(Path(folder), chosen.trials, chosen.seed)
+        restarts, equal = trials(Path(folder), chosen.trials, chosen.seed, torchrun=chosen.torchrun)
     for name in ("noticed_s", "started_s", "committed_s"):
         values = [float(getattr(restart, name)) for restart in restarts]
         print(

@@ -110,6 +110,37 @@ def test_kills_and_stops_of_one_machine(folder: Path, run_ranks: Any) -> None:
     assert undisturbed(folder, steps, 2, run_ranks) == got
 
 
+@pytest.mark.long
+def test_ranks_that_do_not_stop_are_killed(folder: Path) -> None:
+    job = trial.start(folder, "run", "faults.grace=2s")
+    try:
+        trial.wait_event(folder, "run", "checkpoint", job)
+        os.kill(trial.rank_pids(job.pid)[1], signal.SIGSTOP)
+        os.kill(job.pid, signal.SIGTERM)
+        assert job.wait(timeout=60) == 75
+        assert "did not save within 2 s (faults.grace)" in said(folder).splitlines()[-1]
+
+        job, began = trial.start(folder, "run"), time.time()
+        trial.wait_event(folder, "run", "checkpoint", job, after=began)
+        family = children(job.pid)
+        os.kill(trial.rank_pids(job.pid)[1], signal.SIGSTOP)
+        os.kill(job.pid, signal.SIGINT)
+        time.sleep(1.0)
+        os.kill(job.pid, signal.SIGINT)
+        assert job.wait(timeout=10) == 130
+        assert gone(family)
+    finally:
+        end(job)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_thirty_kills(tmp_path: Path) -> None:
+    restarts, equal = trial.trials(tmp_path, 30, 7)
+    assert len(restarts) == 30
+    assert equal
+
+
 def test_a_node_is_lost_and_comes_back(folder: Path, run_ranks: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"127.0.0.1:{probe.getsockname()[1]}"

@@ -31,9 +31,7 @@ def coordinator(
 
     def fit(ranks: int) -> Fitted | None:
         world = min(ranks, wanted) // unit * unit
-        return (
-            Fitted(world, (f"layout.replicate={world // unit}",), wanted=world == wanted) if world else None
-        )
+        return Fitted(world, {"replicate": world // unit}, wanted=world == wanted) if world else None
 
     return Coordinator(
         minimum=nodes[0],
@@ -101,6 +99,15 @@ def test_the_cause_is_told_from_its_consequence() -> None:
     assert end.sentence.splitlines()[-1] == "rank on b: boom"
 
 
+def test_only_ranks_that_are_done_end_the_run_in_peace() -> None:
+    machine = coordinator()
+    machine.joined("a", 4, 0.0)
+    machine.joined("b", 4, 0.0)
+    assert machine.alive == {"a"}
+    assert kinds(machine.ended("a", Outcome(kind="stopped"), 5.0))[0] == "restart"
+    assert machine.ended("a", Outcome(kind="done"), 6.0) == [End(0, "")]
+
+
 def test_a_consequence_without_a_cause_does_not_wait_for_ever() -> None:
     machine = coordinator()
     machine.joined("a", 2, 0.0)
@@ -115,7 +122,7 @@ def test_a_lost_node_is_done_without_and_taken_in_again() -> None:
     machine.joined("b", 2, 0.0)
     assert Stop(("a",), "kill") in machine.lost("b", 5.0)
     smaller = started(machine.ended("a", Outcome(kind="stopped"), 5.1))
-    assert (smaller.world, smaller.overrides) == (2, ("layout.replicate=2",))
+    assert (smaller.world, smaller.sizes) == (2, {"replicate": 2})
     machine.joined("b", 2, 20.0)
     assert not machine.tick(20.0 + SETTLE_S - 0.1)
     assert Stop(("a",), "checkpoint") in machine.tick(20.0 + SETTLE_S)

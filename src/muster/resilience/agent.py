@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
-from muster.errors import MusterError, Preempted
+from muster.errors import MusterError, Preempted, TrainingError
 from muster.observe.records import RunLog
 from muster.resilience.budget import Budget, Failure
 from muster.resilience.coordinator import Coordinator, Fitted, Outcome
@@ -31,6 +31,7 @@ _POLL_S = 0.05
 _CAUSE_WAIT_S = 1.0
 """How long a rank that only lost its peer waits for the peer to be seen dead: its last moments take a while."""
 _RETRY_S = 0.5
+_DATA_AXES = ("replicate", "shard")
 _HEAR_S = 5.0
 _AGAIN = "run the same command again to resume from the newest checkpoint"
 
@@ -109,6 +110,10 @@ class _Agent:
                 link.close()
                 if server is not None:
                     server.close()
+            if self.nodes.rendezvous is None:
+                raise TrainingError(
+                    "the coordinator of this run has failed: run the same command again to resume"
+                )
             self._say("the node at the rendezvous is gone: waiting for it to be started again")
 
     @contextlib.contextmanager
@@ -143,7 +148,6 @@ class _Agent:
 
     def _serve(self, listener: socket.socket | None, host: str) -> tuple[Server, Link]:
         job = self.job
-        log = RunLog(job.folder)
         coordinator = Coordinator(
             minimum=self.nodes.minimum,
             maximum=self.nodes.maximum,
@@ -157,7 +161,7 @@ class _Agent:
             listener=listener,
             host=host,
             digest=job.digest,
-            event=log.event,
+            log=RunLog(job.folder),
             monitor=self.monitor,
         )
         return server, server.start()
@@ -175,10 +179,7 @@ class _Agent:
         while True:
             if self._at_once:
                 self._end_ranks()
-                raise RankFailed(
-                    f"stopped at once, without a checkpoint: {_AGAIN}",
-                    INTERRUPTED,
-                )
+                raise RankFailed(f"stopped at once, without a checkpoint: {_AGAIN}", INTERRUPTED)
             if self._asked and self._ranks is None and time.monotonic() >= self._hear_until:
                 raise Preempted(self._farewell or f"stopped by {self._asked} while no rank ran: {_AGAIN}")
             ready, _, _ = select.select([link.fileno(), self.zygote.fileno()], [], [], _POLL_S)
@@ -209,7 +210,11 @@ class _Agent:
             self._name = message["name"] if self.nodes.maximum > 1 else ""
         elif kind == "start":
             place = Place(**message["place"])
-            argv = [*self.job.argv, *message["overrides"]]
+            sizes = message["sizes"]  # numbers only: nobody else says what runs here
+            argv = [
+                *self.job.argv,
+                *(f"layout.{axis}={int(sizes[axis])}" for axis in _DATA_AXES if axis in sizes),
+            ]
             self._passed_on, self._failed_at, self._deadline, self._overdue = False, None, None, False
             self._ranks = Ranks(zygote=self.zygote, argv=argv, place=place, logs=self.job.folder / "logs")
         elif kind == "stop" and self._ranks is not None:

@@ -30,8 +30,8 @@ class Fitted:
 
     world: int
     """Ranks used of them."""
-    overrides: tuple[str, ...]
-    """What the ranks are told beside the run file, as `layout.shard=2`."""
+    sizes: dict[str, int]
+    """Of the data axes; empty where the number of ranks says all."""
     wanted: bool
     """It is all that the run file asks for."""
 
@@ -42,7 +42,7 @@ class Start:
     places: dict[str, tuple[int, int]]
     """First rank and number of ranks, by node."""
     world: int
-    overrides: tuple[str, ...]
+    sizes: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,13 +232,14 @@ class Coordinator:
         self.attempt += 1
         self.alive = set(places)
         self._world, self._started_at, self._waiting_for = fitted.world, now, ""
-        start = Start(self.attempt, places, fitted.world, fitted.overrides)
+        start = Start(self.attempt, places, fitted.world, fitted.sizes)
         if self.maximum == 1:
             return [start]
         spares = [name for name in self._nodes if name not in places]
         shares = ", ".join(f"{name} {ranks}" for name, (_, ranks) in places.items())
         more = f"; spare: {', '.join(spares)}" if spares else ""
-        smaller = "" if fitted.wanted else f"; fewer than the run file asks for: {' '.join(fitted.overrides)}"
+        sizes = ", ".join(f"{axis} {size}" for axis, size in fitted.sizes.items())
+        smaller = f"; fewer than the run file asks for: {sizes}" if sizes and not fitted.wanted else ""
         said = f"{fitted.world} ranks on {len(places)} nodes ({shares}){more}{smaller}"
         fields = {"attempt": self.attempt, "world": fitted.world, "nodes": list(places), "spares": spares}
         return [Say("placed", said, fields), start]

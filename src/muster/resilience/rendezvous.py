@@ -2,7 +2,7 @@
 
 One agent runs the server, in a thread: the one that can listen at the rendezvous address. A connection that closes is
 a node that is lost: at once if its agent was killed, after some ten seconds if its machine was. What travels is data
-only: what an agent runs is its own command line, never something it was sent.
+only: what an agent runs is its own command line, with sizes of the layout's axes, never words that it was sent.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from muster.errors import Preempted, UsageError
+from muster.observe.records import RunLog
 from muster.resilience.budget import Failure
 from muster.resilience.coordinator import Action, Coordinator, End, Outcome, Say, Start, Stop
 
@@ -126,8 +126,8 @@ class Server:
     """Name or address by which ranks reach this machine."""
     digest: str
     """Of the run, which every agent must have loaded."""
-    event: Callable[..., None]
-    """Records what happened: `event(kind, **fields)`."""
+    log: RunLog
+    """Of the run; closed with this."""
     monitor: Monitor | None = None
     _links: dict[str, Link] = field(default_factory=dict, init=False)
     _store: TCPStore | None = field(default=None, init=False)
@@ -144,6 +144,7 @@ class Server:
     def close(self) -> None:
         self._closing = True
         self._thread.join(timeout=2 * _FAREWELL_S)
+        self.log.close()
 
     def _serve(self, own: Link) -> None:
         selector = selectors.DefaultSelector()
@@ -233,13 +234,12 @@ class Server:
                 for name, (first, ranks) in action.places.items():
                     place = {"first": first, "ranks": ranks, "world": action.world, "attempt": action.attempt}
                     meet = {"host": self.host, "port": self._store.port}
-                    overrides = list(action.overrides)
-                    self._tell(name, {"type": "start", "place": place | meet, "overrides": overrides})
+                    self._tell(name, {"type": "start", "place": place | meet, "sizes": action.sizes})
             elif isinstance(action, Stop):
                 for name in action.nodes:
                     self._tell(name, {"type": "stop", "how": action.how})
             elif isinstance(action, Say):
-                self.event(action.kind, message=action.sentence, **action.fields)
+                self.log.event(action.kind, message=action.sentence, **action.fields)
                 for name in self._links:
                     self._tell(name, {"type": "say", "sentence": action.sentence})
             elif isinstance(action, End):

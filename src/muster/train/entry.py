@@ -118,12 +118,12 @@ def job(plan: Plan, argv: Sequence[str], *, alone: bool) -> Job:
 
     def fitting(ranks: int) -> Fitted | None:
         if alone:
-            return Fitted(layout.world, (), wanted=True)
+            return Fitted(layout.world, {}, wanted=True)
         found = fit(run, plan.spec, ranks, cores=usable_cores(), gpus=torch.cuda.device_count())
         if found is None:
             return None
         auto = isinstance(run.layout, str)
-        sizes = () if auto else (f"layout.replicate={found.replicate}", f"layout.shard={found.shard}")
+        sizes = {} if auto else {"replicate": found.replicate, "shard": found.shard}
         return Fitted(found.world, sizes, wanted=not auto and found.world == layout.world)
 
     return Job(

@@ -181,6 +181,16 @@ def test_a_watcher_has_all_restarted() -> None:
     assert started(actions).attempt == 2
 
 
+def test_a_watcher_explains_a_failure() -> None:
+    machine = coordinator(restarts=0)
+    machine.explain = lambda failure: Failure(sentence=f"rank 1 skipped a reduce ({failure.sentence})")
+    machine.joined("a", 4, 0.0)
+    machine.joined("b", 4, 0.0)
+    end = machine.ended("a", failed("a", consequence=True), 1.0)[-1]
+    assert isinstance(end, End)
+    assert end.sentence.splitlines()[-1] == "rank 1 skipped a reduce (rank on a: x)"
+
+
 @dataclass
 class World:
     """Nodes that obey with some delay, fail, vanish and come back, on virtual time."""
@@ -209,6 +219,7 @@ class World:
 
         now, here, running, end = 0.0, set[str](), dict[str, str](), None
         begun: float | None = None
+        happened = set[str]()
         for name in names:
             later(chance.expovariate(0.3), "join", name)
         later(0.1, "tick")
@@ -217,6 +228,7 @@ class World:
         later(120.0, "finish")
         while queue and end is None and now < 1_500.0:
             now, _, what, name = heapq.heappop(queue)
+            happened.add(what)
             actions: list[Action] = []
             some = chance.choice(sorted(running)) if running else ""
             if what == "join" and name not in here:
@@ -272,8 +284,11 @@ class World:
                 elif isinstance(action, End):
                     assert end is None
                     end = action
+
             if begun is not None and running and chance.random() < 0.3:
                 self.committed = now
+        asked_to_stop = "stop" in happened
+        assert end is None or end.exit_code != 75 or asked_to_stop
         able = max(sum(slots[name] for name in here), 0) >= unit
         assert end is not None or not able, f"seed {self.seed}: nobody trains, though {sorted(here)} could"
         assert end is None or not running

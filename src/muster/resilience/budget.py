@@ -22,6 +22,8 @@ class Failure:
     """Who failed and how, a rank's traceback included."""
     node: str = ""
     rank: int | None = None
+    signal: str | None = None
+    """Name of the signal that killed the rank."""
     exit_code: int = 1
     step: int = -1
     """Updates done when it came; -1 before the first one of the attempt."""

@@ -99,6 +99,8 @@ class Coordinator:
     committed: Callable[[], int]
     """Step of the newest checkpoint; 0 without one."""
     budget: Budget
+    explain: Callable[[Failure], Failure] = lambda failure: failure
+    """What a watcher knows better about the failure that ended an attempt."""
     attempt: int = field(default=0, init=False)
     over: bool = field(default=False, init=False)
     alive: set[str] = field(default_factory=set, init=False)
@@ -193,10 +195,12 @@ class Coordinator:
         return self._end(Preempted.exit_code, preempted.sentence)
 
     def _restart(self, cause: Failure, now: float) -> list[Action]:
+        cause = self.explain(cause)
         actions: list[Action] = []
         verdict = self.budget.failed(cause, self.committed())
         fields = {
             "rank": cause.rank,
+            "signal": cause.signal,
             "node": cause.node,
             "attempt": self.attempt,
             "seconds": now - self._started_at,

@@ -246,6 +246,7 @@ class Ranks:
         return Failure(
             node=node,
             rank=rank,
+            signal=signal.Signals(-code).name if code < 0 else None,
             sentence=sentence,
             exit_code=TrainingError.exit_code if code < 0 else code,
             step=self.step,

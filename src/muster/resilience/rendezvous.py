@@ -42,6 +42,9 @@ class Monitor(Protocol):
     def look(self) -> str | None:
         """Called some 20 times a second while ranks run; a sentence has all ranks killed and restarted."""
 
+    def explain(self, failure: Failure) -> Failure:
+        """The failure that ended the attempt, or what is known better about it; called once no rank is left."""
+
 
 class Closed(Exception):
     """The other end of a link has gone."""
@@ -136,6 +139,8 @@ class Server:
 
     def start(self) -> Link:
         """Serve; the link is for this process's own agent."""
+        if self.monitor is not None:
+            self.coordinator.explain = self.monitor.explain
         here, there = socket.socketpair()
         self._thread = threading.Thread(target=self._serve, args=(Link(there),), daemon=True)
         self._thread.start()

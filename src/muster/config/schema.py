@@ -267,6 +267,16 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class Faults:
+    """What is done when something fails or is stopped."""
+
+    restarts: Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)] = 10
+    """Restarts in a row without a newly committed checkpoint; each new one makes the budget whole again."""
+    grace: Seconds = 25.0
+    """Time that ranks have to save and leave when the run is stopped (SIGTERM, SIGINT, SIGUSR1)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Parity:
     """How far an export's numbers may be from ours."""
 
@@ -313,6 +323,7 @@ class Run:
     ] = "auto"
     """auto, or the degrees: {shard: 2, tensor: 2, zero: 3, recompute: full, microbatch: 4}."""
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    faults: Faults = Field(default_factory=Faults)
     export: Export = Field(default_factory=Export)
     serve: Serve = Field(default_factory=Serve)
     track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)

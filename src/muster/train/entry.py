@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from muster.checkpoint import shelf
 from muster.checkpoint.manifest import write_synced
 from muster.config import schema
 from muster.config.digest import differences, digest, identity
 from muster.data.progress import Progress
 from muster.errors import UsageError
 from muster.observe.format import count, size
+from muster.parallel.fit import fit, least
 from muster.parallel.memory import estimate
-from muster.parallel.world import join
+from muster.parallel.world import join, usable_cores
+from muster.resilience.agent import Job
+from muster.resilience.coordinator import Fitted
+from muster.resilience.lifeline import Lifeline
 from muster.train import plan as planning
 from muster.train.loop import train
 from muster.train.plan import Plan
@@ -42,7 +49,7 @@ def claim(plan: Plan) -> None:
         "base": str(plan.base.resolve()),
         "steps": plan.steps,
     }
-    draft = folder / "run.json.partial"
+    draft = folder / f"run.json.{secrets.token_hex(4)}.partial"  # agents of several nodes may write at once
     write_synced(draft, json.dumps(content, indent=1).encode())
     draft.rename(folder / "run.json")
 
@@ -97,11 +104,45 @@ def _memory(plan: Plan) -> str:
     )
 
 
-def run_rank(run: schema.Run, *, base: Path, folder: Path) -> None:
-    """Join the other ranks and train."""
+def slots() -> int:
+    """Ranks that this machine can hold beside other nodes."""
+    return torch.cuda.device_count() or usable_cores()
+
+
+def job(plan: Plan, argv: Sequence[str], *, alone: bool) -> Job:
+    """What the agent needs to know to keep the ranks of a run going; they are `muster *argv`.
+
+    `alone`: no further node takes part, so the layout is what it is.
+    """
+    run, layout = plan.run, plan.layout
+
+    def fitting(ranks: int) -> Fitted | None:
+        if alone:
+            return Fitted(layout.world, {}, wanted=True)
+        found = fit(run, plan.spec, ranks, cores=usable_cores(), gpus=torch.cuda.device_count())
+        if found is None:
+            return None
+        auto = isinstance(run.layout, str)
+        sizes = {} if auto else {"replicate": found.replicate, "shard": found.shard}
+        return Fitted(found.world, sizes, wanted=not auto and found.world == layout.world)
+
+    return Job(
+        argv=argv,
+        folder=plan.folder,
+        digest=digest(run),
+        fit=fitting,
+        needs=f"this layout needs {least(run.layout)} at least",
+        committed=lambda: max(shelf.steps(plan.folder / "checkpoints"), default=0),
+        restarts=run.faults.restarts,
+        grace_s=run.faults.grace,
+    )
+
+
+def run_rank(run: schema.Run, *, base: Path, folder: Path, lifeline: Lifeline | None = None) -> None:
+    """Join the other ranks and train; without a lifeline nobody can ask this rank to stop."""
     with join() as world:
         plan = planning.make(run, base=base, folder=folder, gpus=torch.cuda.device_count(), ranks=world.size)
         if world.is_first:
             claim(plan)  # nobody has, under `torchrun`
         with Report(plan, world) as report:
-            train(plan, world, report)
+            train(plan, world, report, lifeline or Lifeline())

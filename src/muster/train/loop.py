@@ -12,6 +12,7 @@ from muster.comm.meter import Meter
 from muster.data.packing import Batch
 from muster.data.sampler import Sampler
 from muster.parallel.world import World
+from muster.resilience.lifeline import Lifeline
 from muster.train import saves
 from muster.train.clock import Alarm
 from muster.train.evaluate import Evaluation
@@ -20,8 +21,11 @@ from muster.train.report import Report
 from muster.train.trainee import Trainee
 
 
-def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
-    """Train to the end of the run, resuming where a sound checkpoint says; the last evaluation is returned."""
+def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evaluation | None:
+    """Train to the end of the run, resuming where a sound checkpoint says; the last evaluation is returned.
+
+    Preempted, after a checkpoint, when a rank is asked to stop.
+    """
     trainee = Trainee(plan, world)
     begun = step = saves.resume(trainee, plan, world, report)
     report.begin(step)
@@ -34,19 +38,24 @@ def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
 
     while step < plan.steps:
         batches = microbatches(sampler, plan, trainee.mesh.data_index, step)
-        # One small exchange a step: the size of the global batch, and what the first rank's clock says is due.
-        tokens, evaluate_now, save_now = world.sum(
+        # One small exchange a step: the size of the global batch, what the first rank's clock says is due, and
+        # whether any rank was asked to stop.
+        tokens, evaluate_now, save_now, stop_now = world.sum(
             trainee.mesh.reads_first and sum(batch.valid_tokens for batch in batches),
             world.is_first and evaluation_due.rings(step + 1),
             world.is_first and checkpoint_due.rings(step + 1),
+            lifeline.asked,
         )
         # The second step is like all that follow; in the first, much is done once.
         meter = Meter(trainee.mesh.groups) if step == begun + 1 and world.size > 1 else None
         update = trainee.update(step, batches, int(tokens), meter=meter)
         step += 1
+        lifeline.reached(step)
         report.step(step, update)
         if meter is not None:
             report.traffic(meter.traffic)
+        if stop_now:
+            saves.save_and_leave(trainee, plan, world, report, step)
         if evaluate_now and step < plan.steps:
             last_evaluation = trainee.evaluate(plan.corpus, limit_tokens=plan.run.train.eval_tokens)
             report.evaluation(step, last_evaluation)

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from muster.comm.traffic import Traffic
+from muster.errors import Preempted
 from muster.observe.format import size
 from muster.observe.peak import gemm_peak_flops
 from muster.observe.progress import RunProgress
@@ -113,7 +114,7 @@ class Report:
         if not self._active:
             return
         if error is not None:
-            self._log.event("failed", error=str(error))
+            self._log.event("preempted" if isinstance(error, Preempted) else "failed", error=str(error))
         self._progress.close()
         for tracker in self._trackers:
             tracker.close()

@@ -6,6 +6,7 @@ import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -14,7 +15,7 @@ from muster.checkpoint import manifest, shelf
 from muster.checkpoint.manifest import Manifest
 from muster.checkpoint.state import collect_sums, write_shards
 from muster.config.digest import differences, digest, identity
-from muster.errors import CheckpointError
+from muster.errors import CheckpointError, MusterError, Preempted
 from muster.parallel.world import World
 from muster.train.plan import Plan
 from muster.train.report import Report
@@ -79,6 +80,19 @@ def save(trainee: Trainee, plan: Plan, world: World, report: Report, step: int) 
     shelf.retain(folder, plan.run.checkpoint.keep)
     size = sum(file.bytes for file in content.files.values())
     report.event("checkpoint", step=step, path=str(path), bytes=size, seconds=time.perf_counter() - started)
+
+
+def save_and_leave(trainee: Trainee, plan: Plan, world: World, report: Report, step: int) -> NoReturn:
+    """The last checkpoint of ranks that were asked to stop; does not return: Preempted, failed or not."""
+    again = "run the same command again"
+    try:
+        save(trainee, plan, world, report, step)
+    except (OSError, MusterError) as error:
+        raise Preempted(
+            f"stopped at step {step} of {plan.steps}, but its checkpoint failed ({error}): {again} to resume from "
+            f"the newest sound one"
+        ) from error
+    raise Preempted(f"stopped at step {step} of {plan.steps}, which is saved: {again} to go on")
 
 
 def shelf_of(plan: Plan) -> Path:

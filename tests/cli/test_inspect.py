@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from muster.checkpoint.manifest import Manifest, sum_file
+from muster.checkpoint.manifest import FORMAT, Manifest, sum_file
 from muster.observe.records import RunLog
 
 Muster = Callable[..., tuple[int, str, str]]
@@ -36,7 +36,7 @@ def make_checkpoint(folder: Path) -> Path:
         tensors = {"weights.embed.weight": half, "optimizer.embed.weight.exp_avg": half}
         save_file(tensors, folder / f"rank-{rank:05d}.safetensors")
     Manifest(
-        format=1,
+        format=FORMAT,
         step=100,
         tokens=409_600,
         seed=0,

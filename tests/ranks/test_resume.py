@@ -33,15 +33,15 @@ def train_and_stop(run: dict[str, Any], base: str, folder: str, after: int) -> N
     """Train until `after` steps are done and saved, then end without another word."""
     from muster.train import saves
 
-    honest = saves.save
+    honest = saves.Saver.after
 
-    def save(trainee: Any, plan: Any, world: Any, report: Any, step: int) -> None:
-        honest(trainee, plan, world, report, step)
-        world.barrier()
+    def save(saver: Any, step: int, votes: Any) -> None:
+        honest(saver, step, votes)
+        saver.finish(step)
         if step == after:
             raise Stopped
 
-    saves.save = save
+    saves.Saver.after = save  # type: ignore[method-assign]
     with pytest.raises(Stopped):
         train_here(run, base, folder)
 

@@ -160,9 +160,7 @@ def _judge(outcome: Outcome, what: str, shelf_folder: Path, at_least: int) -> No
 
 
 def _in_child(work: Callable[..., None], *arguments: Any) -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["muster.checkpoint.state", "torch._dynamo"])
-    child = context.Process(target=work, args=arguments, daemon=True)
+    child = multiprocessing.get_context("forkserver").Process(target=work, args=arguments, daemon=True)
     child.start()
     return child
 
@@ -212,6 +210,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from muster.cli._verify import damage
 
+    multiprocessing.set_forkserver_preload(["muster.checkpoint.state", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         series = {

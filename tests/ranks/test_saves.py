@@ -171,7 +171,7 @@ def test_the_best_is_saved_when_it_is_found_and_kept(corpus: Path, run_ranks: An
     folder = tmp_path / "checkpoints"
     assert shelf.steps(folder) == [2, STEPS]
     assert manifest.read(shelf.folder_of(folder, 2)).held_out_loss == 1.0
-    assert shelf.best(folder) == (2, 1.0)
+    assert shelf.best(folder, shelf.steps(folder)) == (2, 1.0)
 
 
 def test_the_interval_is_found_from_what_saves_cost(corpus: Path, run_ranks: Any, tmp_path: Path) -> None:

@@ -114,10 +114,10 @@ def kept(shelved: Iterable[int], keep: int, *, every: int | None = None, best: i
     return stay
 
 
-def best(shelf: Path) -> tuple[int, float] | None:
-    """The step with the lowest held-out loss among the checkpoints that were evaluated, and that loss."""
+def best(shelf: Path, among: Iterable[int]) -> tuple[int, float] | None:
+    """Of these checkpoints, as far as they were evaluated, the one with the lowest held-out loss, and that loss."""
     losses = []
-    for step in steps(shelf):
+    for step in among:
         with contextlib.suppress(CheckpointError):  # a damaged one is nobody's best
             loss = manifest.read(folder_of(shelf, step)).held_out_loss
             if loss is not None:
@@ -125,11 +125,18 @@ def best(shelf: Path) -> tuple[int, float] | None:
     return (min(losses)[1], min(losses)[0]) if losses else None
 
 
-def retain(shelf: Path, keep: int, *, every: int | None = None, keep_best: bool = False) -> None:
-    """Delete all checkpoints but those that are to be kept (`kept`)."""
-    found = best(shelf) if keep_best else None
+def retain(
+    shelf: Path, keep: int, *, saved: int | None = None, every: int | None = None, keep_best: bool = False
+) -> None:
+    """Delete all checkpoints but those that are to be kept (`kept`).
+
+    Those after `saved`, the step of the newest save, go too: training has gone back from them, because they are
+    damaged or because it was told to, and they must not push out the ones that it goes on from.
+    """
     shelved = steps(shelf)
-    stay = kept(shelved, keep, every=every, best=found[0] if found else None)
+    valid = [step for step in shelved if saved is None or step <= saved]
+    found = best(shelf, valid) if keep_best else None
+    stay = kept(valid, keep, every=every, best=found[0] if found else None)
     for step in shelved:
         if step not in stay:
             doomed = folder_of(shelf, step)

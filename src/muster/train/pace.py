@@ -10,14 +10,14 @@ from muster.config.units import Every
 from muster.observe.records import EVENTS, read_jsonl
 from muster.parallel.world import World
 from muster.train.clock import Alarm
-from muster.train.plan import Plan
+from muster.train.plan import Training
 from muster.train.report import Report
 
 
 class Pace:
     """Only the first rank's counts: ask it there."""
 
-    def __init__(self, plan: Plan, world: World, report: Report) -> None:
+    def __init__(self, plan: Training, world: World, report: Report) -> None:
         every = plan.run.checkpoint.every
         self._report = report
         self._auto = every == "auto"

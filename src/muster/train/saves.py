@@ -25,12 +25,12 @@ from muster.observe.format import size
 from muster.parallel.world import World
 from muster.train.evaluate import Evaluation
 from muster.train.pace import Pace
-from muster.train.plan import Plan
+from muster.train.plan import Training
 from muster.train.report import Report
 from muster.train.trainee import Trainee
 
 
-def resume(trainee: Trainee, plan: Plan, world: World, report: Report) -> int:
+def resume(trainee: Trainee, plan: Training, world: World, report: Report) -> int:
     """Restore the newest sound checkpoint, if there is one, and return the number of steps done."""
     folder = shelf_of(plan)
     if world.is_first:
@@ -72,7 +72,7 @@ def _what_is_wrong(path: Path) -> str:
     )
 
 
-def _restore(trainee: Trainee, plan: Plan, world: World, report: Report, path: Path) -> int:
+def _restore(trainee: Trainee, plan: Training, world: World, report: Report, path: Path) -> int:
     content = manifest.read(path)
     changed = differences(content.identity, identity(plan.run))
     if changed:
@@ -104,7 +104,7 @@ class Saver:
     meanwhile is put off. A save that fails on the way is told, and tried again at the next interval.
     """
 
-    def __init__(self, trainee: Trainee, plan: Plan, world: World, report: Report, *, step: int) -> None:
+    def __init__(self, trainee: Trainee, plan: Training, world: World, report: Report, *, step: int) -> None:
         """`step` is the one that training begins or resumes at."""
         self._trainee, self._plan, self._world, self._report = trainee, plan, world, report
         self._shelf, self._config = shelf_of(plan), plan.run.checkpoint
@@ -118,7 +118,8 @@ class Saver:
         self._committed = step
         self._why = "a rank could not write its part"
         self._score: tuple[int, float] | None = None
-        found = shelf.best(self._shelf) if world.is_first and self._config.keep_best else None
+        shelved = [earlier for earlier in shelf.steps(self._shelf) if earlier <= step]
+        found = shelf.best(self._shelf, shelved) if world.is_first and self._config.keep_best else None
         (self._best,) = world.sum((found[1] if found else math.inf) if world.is_first else 0.0)
         self._snapshot = self._stage()
 
@@ -247,7 +248,11 @@ class Saver:
         self._committed = step
         keep, every = self._config.keep, self._config.keep_every
         shelf.retain(
-            self._shelf, keep, every=every.steps if every else None, keep_best=self._config.keep_best
+            self._shelf,
+            keep,
+            saved=step,
+            every=every.steps if every else None,
+            keep_best=self._config.keep_best,
         )
 
     def _hear(self) -> None:
@@ -308,5 +313,5 @@ class Saver:
         return None
 
 
-def shelf_of(plan: Plan) -> Path:
+def shelf_of(plan: Training) -> Path:
     return plan.folder / "checkpoints"

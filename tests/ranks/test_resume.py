@@ -160,6 +160,17 @@ def test_a_folder_of_another_configuration_is_refused(corpus: Path, tmp_path: Pa
         check(load_resolved(changed), base=corpus, folder=folder)
 
 
+def test_a_damaged_record_of_the_run_is_named(corpus: Path, tmp_path: Path) -> None:
+    from muster.train.entry import check
+
+    folder = tmp_path / "tiny"
+    check(load_resolved(tiny()), base=corpus, folder=folder)
+    record = folder / "run.json"
+    record.write_bytes(record.read_bytes().replace(b"0.001", b"0.005"))
+    with pytest.raises(UsageError, match=r"run\.json is damaged .* delete that file"):
+        check(load_resolved(tiny()), base=corpus, folder=folder)
+
+
 def test_poisoned_weights_stop_with_the_step_and_the_parameter(
     corpus: Path, run_ranks: Any, tmp_path: Path
 ) -> None:

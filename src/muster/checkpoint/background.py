@@ -1,8 +1,9 @@
 """One piece of work at a time in a thread of its own, which nobody waits for until somebody wants to.
 
-A thread, not a process: hashing, writing and syncing release the interpreter's lock, so what is left to contend
-for are the cores, which a process needs as much. Its priority is not lowered: where other programs keep the machine
-busy they starve it (measured: a save of 2 s took 76 s), and a checkpoint that is late is one that is missing.
+A thread, not a process: hashing, writing and syncing release the interpreter's lock, so what is left to contend for
+are the cores, which a process needs as much (`benchmarks/checkpoint_cpu.py` measures both). Its priority is not
+lowered: where other programs keep the machine busy they starve it (measured: a save of 2 s took 76 s), and a checkpoint
+that is late is one that is missing.
 """
 
 from __future__ import annotations

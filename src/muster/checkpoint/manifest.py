@@ -16,7 +16,7 @@ from muster.errors import CheckpointError
 NAME = "manifest.json"
 FORMAT = 2
 """1: without a checksum of the manifest itself; still read."""
-_READ_BYTES = 1 << 22
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

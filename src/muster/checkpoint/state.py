@@ -17,7 +17,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from muster.checkpoint.manifest import FileSum, write_summed, write_synced
+from muster.checkpoint.manifest import FileSum, write_summed
 from muster.checkpoint.snapshot import State, arrange, stream
 from muster.errors import CheckpointError, DoesNotFit
 
@@ -42,7 +42,9 @@ def write_file(pieces: Iterable[bytes | memoryview], size: int, folder: Path, ra
     path = folder / _file(rank)
     try:
         summed = write_summed(path, pieces)
-        write_synced(_note(folder, rank), json.dumps(asdict(summed)).encode())
+        _note(folder, rank).write_text(
+            json.dumps(asdict(summed))
+        )  # soon part of the manifest, which is synced
     except OSError as error:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)

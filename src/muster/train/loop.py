@@ -34,12 +34,13 @@ def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
     while step < plan.steps:
         batches = microbatches(sampler, plan, trainee.mesh.data_index, step)
         # One small exchange a step: the size of the global batch, what the first rank's clock says is due,
-        # and how the save in flight is doing.
+        # and how saving goes.
         tokens, evaluate_now, *save_votes = world.sum(
             trainee.mesh.reads_first and sum(batch.valid_tokens for batch in batches),
             world.is_first and evaluation_due.rings(step + 1),
-            *saver.votes(step + 1),
+            *saver.votes(step),
         )
+        saver.after(step, save_votes)
         # The second step is like all that follow; in the first, much is done once.
         meter = Meter(trainee.mesh.groups) if step == begun + 1 and world.size > 1 else None
         update = trainee.update(step, batches, int(tokens), meter=meter)
@@ -51,7 +52,6 @@ def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
             last_evaluation = trainee.evaluate(plan.corpus, limit_tokens=plan.run.train.eval_tokens)
             report.evaluation(step, last_evaluation)
             saver.scored(step, last_evaluation)
-        saver.after(step, save_votes)
         if step % 100 == 0:
             gc.collect(1)
 

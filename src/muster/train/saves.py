@@ -115,7 +115,7 @@ class Saver:
         """What has begun, and as far as this rank has learnt is not yet written by all."""
         self._committing: _Flight | None = None
         """What all have written; on the first rank only."""
-        self._committed = step
+        self._committed = self._begun_at = step
         self._why = "a rank could not write its part"
         self._score: tuple[int, float] | None = None
         shelved = [earlier for earlier in shelf.steps(self._shelf) if earlier <= step]
@@ -124,8 +124,9 @@ class Saver:
         self._snapshot = self._stage()
 
     def votes(self, step: int) -> tuple[float, float, float]:
-        """This rank's part of the exchange in which `step` begins: a save is due after it, is being written, failed."""
-        self._due = self._due or (self._world.is_first and self._pace.rings(step))
+        """This rank's part of the exchange after `step`: a save is due, is being written, has failed."""
+        if self._world.is_first and step != self._begun_at and self._pace.rings(step):
+            self._due = True
         return float(self._due), float(self._work.busy), float(self._work.failed)
 
     def scored(self, step: int, evaluation: Evaluation) -> None:
@@ -133,15 +134,15 @@ class Saver:
         self._score = step, evaluation.loss
 
     def after(self, step: int, votes: Sequence[float]) -> None:
-        """The end of `step`, with the sums of all ranks' votes: finish what can be, begin what is due."""
+        """With the sums of all ranks' votes after `step`: finish what can be, and begin what is due."""
         due, busy, failed = votes
         if self._writing is not None and not busy:
             self._settle(bool(failed))
-            busy = True  # whether the first rank is done with it, the next exchange tells
+            busy = not failed  # on the first rank, of which the others hear in the next exchange
         self._hear()
         loss = self._loss_of(step)
         is_best = self._config.keep_best and loss is not None and loss < self._best
-        if step == self._plan.steps or not (due or is_best):
+        if not (due or is_best):
             return
         if not busy:
             self._begin(step)

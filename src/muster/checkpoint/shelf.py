@@ -86,7 +86,12 @@ def commit(shelf: Path, step: int, content: Manifest) -> Path:
         if former.exists():
             shutil.rmtree(former)
         os.rename(final, former)
-    os.rename(partial, final)
+    try:
+        os.rename(partial, final)
+    except OSError:
+        if former.exists():
+            os.rename(former, final)
+        raise
     manifest.sync_folder(shelf)
     if former.exists():
         shutil.rmtree(former)

@@ -93,6 +93,8 @@ class _Flight:
     begun: float
     stall_s: float
     held_out_loss: float | None
+    size_bytes: int = 0
+    """Of all ranks, known when it is committed."""
 
 
 class Saver:
@@ -243,6 +245,7 @@ class Saver:
                 held_out_loss=flight.held_out_loss,
             )
             shelf.commit(self._shelf, step, content)
+            flight.size_bytes = sum(entry.bytes for entry in content.files.values())
         except OSError as error:
             shelf.abandon(self._shelf, step)
             raise refused(self._state_bytes, self._shelf, error) from error
@@ -270,12 +273,11 @@ class Saver:
         self._told = False
         path = shelf.folder_of(self._shelf, flight.step)
         seconds = time.perf_counter() - flight.begun
-        total = sum(entry.bytes for entry in manifest.read(path).files.values())
         self._report.event(
             "checkpoint",
             step=flight.step,
             path=str(path),
-            bytes=total,
+            bytes=flight.size_bytes,
             seconds=seconds,
             stall_s=flight.stall_s,
         )

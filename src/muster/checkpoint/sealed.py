@@ -12,8 +12,10 @@ SEAL = "own_sha256"
 
 
 def seal(plain: Mapping[str, Any]) -> bytes:
-    """The file's bytes; `plain` must be JSON as it reads back (text for keys, no tuples)."""
-    return _text({**plain, SEAL: _sum(plain)})
+    """The file's bytes; `plain` must be JSON as it reads back (text for keys, no tuples), and not empty."""
+    text = json.dumps(plain, indent=1).encode()
+    own = hashlib.sha256(text).hexdigest()
+    return text.removesuffix(b"\n}") + f',\n "{SEAL}": "{own}"\n}}'.encode()
 
 
 def unseal(content: bytes) -> dict[str, Any]:
@@ -21,17 +23,8 @@ def unseal(content: bytes) -> dict[str, Any]:
     plain = json.loads(content)
     if not isinstance(plain, dict):
         raise ValueError("no JSON object")
-    said = plain.pop(SEAL, None)
-    if said is None:
+    if plain.pop(SEAL, None) is None:
         raise ValueError("its own checksum is missing")
-    if said != _sum(plain) or content != _text({**plain, SEAL: said}):
+    if not plain or content != seal(plain):
         raise ValueError("it does not match its own SHA-256")
     return plain
-
-
-def _sum(plain: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_text(plain)).hexdigest()
-
-
-def _text(plain: Mapping[str, Any]) -> bytes:
-    return json.dumps(plain, indent=1).encode()

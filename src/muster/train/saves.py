@@ -43,9 +43,10 @@ def resume(trainee: Trainee, plan: Training, world: World, report: Report) -> in
         if number == 0:
             break
         path = shelf.folder_of(folder, int(number) - 1)
-        (bad,) = world.sum(not _is_sound(path, world))
-        if not bad:
-            return _restore(trainee, plan, world, report, path)
+        content = _sound(path, world)
+        (bad,) = world.sum(content is None)
+        if content is not None and not bad:
+            return _restore(trainee, plan, report, path, content)
         if world.is_first:
             report.note("checkpoint-damaged", _what_is_wrong(path))
     (count,) = map(int, world.sum(count))
@@ -54,12 +55,14 @@ def resume(trainee: Trainee, plan: Training, world: World, report: Report) -> in
     return 0
 
 
-def _is_sound(path: Path, world: World) -> bool:
+def _sound(path: Path, world: World) -> Manifest | None:
+    """The manifest of a checkpoint, unless a byte of this rank's share of it is wrong."""
     try:
         content = manifest.read(path)
     except CheckpointError:
-        return False
-    return not any(manifest.problems(path, content, part=world.rank, parts=world.size))
+        return None
+    bad = manifest.problems(path, content, part=world.rank, parts=world.size)
+    return None if any(bad) else content
 
 
 def _what_is_wrong(path: Path) -> str:
@@ -72,8 +75,7 @@ def _what_is_wrong(path: Path) -> str:
     )
 
 
-def _restore(trainee: Trainee, plan: Training, world: World, report: Report, path: Path) -> int:
-    content = manifest.read(path)
+def _restore(trainee: Trainee, plan: Training, report: Report, path: Path, content: Manifest) -> int:
     changed = differences(content.identity, identity(plan.run))
     if changed:
         raise CheckpointError(

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from muster.config.fields import STRICT, Flag, ListOrText, Number, Positive, SectionOrWord
 from muster.config.layout import Layout as Layout
-from muster.config.units import Every, Fraction, Interval, Seconds, Tokens
+from muster.config.units import Every, Fraction, Interval, IntervalOrAuto, Seconds, Steps, Tokens
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "qwen3_moe", "dots1"]
 SPARSE = ("mixtral", "qwen3_moe", "dots1")
@@ -260,10 +260,15 @@ class Train:
 class Checkpoint:
     """When state is saved and how much of it is kept."""
 
-    every: Interval = Field(default_factory=lambda: Every(seconds=120.0))
-    """Interval between checkpoints (`2m`, `100 steps`); one is always written at the end."""
+    every: IntervalOrAuto = Field(default_factory=lambda: Every(seconds=120.0))
+    """Interval between checkpoints (`2m`, `100 steps`), or auto: from what a save costs and how often the run fails
+    (Daly 2006). One is always written at the end."""
     keep: Positive = 3
     """Newest checkpoints kept."""
+    keep_every: Steps | None = None
+    """Of each so many steps (`1000 steps`), the first checkpoint is kept for good."""
+    keep_best: Flag = False
+    """A state with the lowest held-out loss so far is saved when it is found (see `train.eval_every`), and kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -336,6 +341,19 @@ class Run:
             raise ValueError(
                 f"layout.offload: disk streams AdamW's two moments, but train.optimizer.kind is {kind}, which "
                 f"keeps one: write offload: cpu, or kind: adamw"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> Run:
+        if self.checkpoint.keep_best and self.train.eval_every is None:
+            raise ValueError(
+                "checkpoint.keep_best needs evaluations during training: set train.eval_every, for example to "
+                "100 steps, or remove keep_best"
+            )
+        if self.checkpoint.keep_best and self.data.held_out == 0:
+            raise ValueError(
+                "checkpoint.keep_best needs held-out documents, but data.held_out is 0: set it, for example to 2%"
             )
         return self
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from muster.checkpoint import shelf
-from muster.checkpoint.manifest import write_synced
+from muster.checkpoint.manifest import sum_file, write_synced
+from muster.checkpoint.sealed import SEAL, seal, unseal
 from muster.config import schema
 from muster.config.digest import differences, digest, identity
 from muster.data.progress import Progress
@@ -48,9 +49,13 @@ def claim(plan: Plan) -> None:
         "identity": identity(run),
         "base": str(plan.base.resolve()),
         "steps": plan.steps,
+        "files": {
+            f"tokenizer/{path.name}": sum_file(path).sha256
+            for path in sorted((folder / "tokenizer").iterdir())
+        },
     }
     draft = folder / f"run.json.{secrets.token_hex(4)}.partial"  # agents of several nodes may write at once
-    write_synced(draft, json.dumps(content, indent=1).encode())
+    write_synced(draft, seal(json.loads(json.dumps(content))))
     draft.rename(folder / "run.json")
 
 
@@ -58,7 +63,15 @@ def _refuse_foreign(run: schema.Run, folder: Path) -> None:
     record = folder / "run.json"
     if not record.exists():
         return
-    changed = differences(json.loads(record.read_bytes())["identity"], identity(run))
+    try:
+        content = record.read_bytes()
+        plain = json.loads(content)
+        known = (unseal(content) if SEAL in plain else plain)["identity"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(
+            f"{record} is damaged ({error}): delete that file, and this command writes it again"
+        ) from None
+    changed = differences(known, identity(run))
     if changed:
         raise UsageError(
             f"{folder} belongs to a run with another configuration ({'; '.join(changed[:3])}): "

@@ -28,24 +28,24 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
     """
     trainee = Trainee(plan, world)
     begun = step = saves.resume(trainee, plan, world, report)
+    saver = saves.Saver(trainee, plan, world, report, step=step)
     report.begin(step)
     sampler = Sampler(plan.corpus, plan.sequence, plan.run.train.seed)
     evaluation_due = Alarm(plan.run.train.eval_every if plan.corpus.held_out else None)
-    checkpoint_due = Alarm(plan.run.checkpoint.every)
     last_evaluation = None
-    saved = step
     gc.disable()  # a collection in the middle of one rank's step would make every other rank wait
 
     while step < plan.steps:
         batches = microbatches(sampler, plan, trainee.mesh.data_index, step)
-        # One small exchange a step: the size of the global batch, what the first rank's clock says is due, and
-        # whether any rank was asked to stop.
-        tokens, evaluate_now, save_now, stop_now = world.sum(
+        # One small exchange a step: the size of the global batch, what the first rank's clock says is due,
+        # how saving goes, and whether any rank was asked to stop.
+        tokens, evaluate_now, stop_now, *save_votes = world.sum(
             trainee.mesh.reads_first and sum(batch.valid_tokens for batch in batches),
             world.is_first and evaluation_due.rings(step + 1),
-            world.is_first and checkpoint_due.rings(step + 1),
             lifeline.asked,
+            *saver.votes(step),
         )
+        saver.after(step, save_votes)
         # The second step is like all that follow; in the first, much is done once.
         meter = Meter(trainee.mesh.groups) if step == begun + 1 and world.size > 1 else None
         update = trainee.update(step, batches, int(tokens), meter=meter)
@@ -55,18 +55,15 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
         if meter is not None:
             report.traffic(meter.traffic)
         if stop_now:
-            saves.save_and_leave(trainee, plan, world, report, step)
+            saves.leave(saver, plan, step)
         if evaluate_now and step < plan.steps:
             last_evaluation = trainee.evaluate(plan.corpus, limit_tokens=plan.run.train.eval_tokens)
             report.evaluation(step, last_evaluation)
-        if save_now and step < plan.steps:
-            saves.save(trainee, plan, world, report, step)
-            saved = step
+            saver.scored(step, last_evaluation)
         if step % 100 == 0:
             gc.collect(1)
 
-    if saved < step:
-        saves.save(trainee, plan, world, report, step)
+    saver.finish(step)
     if plan.corpus.held_out:
         last_evaluation = trainee.evaluate(plan.corpus)
         report.evaluation(step, last_evaluation)

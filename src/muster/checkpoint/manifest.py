@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ class Manifest:
     format: int
     step: int
     tokens: int
-    """Tokens trained on so far; with `seed` it gives the position in the data and every random state."""
+    """Tokens trained on so far; with `seed` and the batches left out it gives the position in the data and every
+    random state."""
     seed: int
     digest: str
     """Digest of the resolved run file."""
@@ -42,6 +43,8 @@ class Manifest:
     """The model's specification."""
     versions: dict[str, str]
     files: dict[str, FileSum]
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What `resilience/guard.py` remembers: the batches left out, and the steps that spikes are judged by."""
 
     def write(self, folder: Path) -> None:
         write_synced(folder / NAME, json.dumps(asdict(self), indent=1).encode())

@@ -267,6 +267,24 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class Faults:
+    """What is done when something goes wrong in a step."""
+
+    on_nan: Literal["stop", "skip", "rewind"] = "rewind"
+    """When the loss or the gradients hold a nan or inf, found before the parameters change. stop: end the run; skip:
+    never use that batch again and do the step with the next one; rewind: the same, and where the next batch is bad
+    too, so that the parameters are to blame, go back to the newest checkpoint and use none of the batches since.
+    After 3 bad steps in a row or 20 in all the run stops. rewind is the default: one bad batch costs one step, and
+    only what cannot be mended stops a run."""
+    on_spike: Literal["note", "stop", "skip", "rewind"] = "note"
+    """When the loss or the gradient norm stands far above the last 64 steps. note: only tell, because most spikes
+    pass by themselves; the others as for on_nan."""
+    checksum_every: Positive | None = 100
+    """Steps between two comparisons of the bits of all copies of parameters and optimizer state, which also come
+    before each checkpoint; null for none. What one rank alone holds (shard without replicate) has no copy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Parity:
     """How far an export's numbers may be from ours."""
 
@@ -313,6 +331,7 @@ class Run:
     ] = "auto"
     """auto, or the degrees: {shard: 2, tensor: 2, zero: 3, recompute: full, microbatch: 4}."""
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    faults: Faults = Field(default_factory=Faults)
     export: Export = Field(default_factory=Export)
     serve: Serve = Field(default_factory=Serve)
     track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)

@@ -41,12 +41,14 @@ def resume(trainee: Trainee, plan: Plan, world: World, report: Report) -> int:
             f"another name"
         )
     trainee.restore(path, step)
+    trainee.guard.restore(content.guard)
     report.note("resumed", f"resumed from {path} at step {step} of {plan.steps}", step=step)
     return step
 
 
 def save(trainee: Trainee, plan: Plan, world: World, report: Report, step: int) -> None:
     """Write a checkpoint after `step` updates; it is complete when this returns on the first rank."""
+    trainee.check_copies(step)  # so that no checkpoint holds what its copies contradict
     started = time.perf_counter()
     folder = shelf_of(plan)
     partial = shelf.partial_of(folder, step)
@@ -74,6 +76,7 @@ def save(trainee: Trainee, plan: Plan, world: World, report: Report, step: int) 
             "python": platform.python_version(),
         },
         files=collect_sums(partial, world.size),
+        guard=trainee.guard.state(),
     )
     path = shelf.commit(folder, step, content)
     shelf.retain(folder, plan.run.checkpoint.keep)

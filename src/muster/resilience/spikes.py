@@ -14,7 +14,7 @@ WINDOW = 64
 """Steps that a new one is held against."""
 LEAST = 32
 """Steps that must have been seen before any is called a spike."""
-_Z = 10.0
+_Z = 6.0
 _TO_SIGMA = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
 _LEAST_RATIO = {"loss": 1.25, "gradient norm": 5.0}

@@ -194,7 +194,7 @@ def measure(of: Case, steps: int, out: Path) -> None:
             out.write_text(json.dumps(told | {"compared_bytes": compared}))
 
 
-def made(model: dict[str, Any], layout: dict[str, Any], *, vocab: int = 101, sequences: int = 16) -> Case:
+def made(model: dict[str, Any], layout: dict[str, Any], *, vocab: int = 101, sequences: int = 12) -> Case:
     run = load_resolved(
         {
             "name": "faults",

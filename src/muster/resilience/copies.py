@@ -115,14 +115,15 @@ class Copies:
     def _gather(self, own: Tensor) -> list[list[int]]:
         """The int64 numbers of every rank, which may have different many of them."""
         own = own.to(self._world.device)
-        lengths = own.new_empty(self._world.size)
-        dist.all_gather_into_tensor(lengths, own.new_tensor([len(own)]))
-        longest = int(lengths.max())
-        padded, told = own.new_zeros(longest), own.new_empty(self._world.size * longest)
+        lengths = [int(length) for length in self._world.sum(*self._in_own_place(len(own)))]
+        padded = own.new_zeros(max(lengths))
         padded[: len(own)] = own
-        dist.all_gather_into_tensor(told, padded)
-        rows = told.view(self._world.size, longest).tolist()
-        return [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
+        told = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(told, padded)
+        return [row.tolist()[:length] for row, length in zip(told, lengths, strict=True)]
+
+    def _in_own_place(self, value: int) -> list[int]:
+        return [value * (rank == self._world.rank) for rank in range(self._world.size)]
 
 
 class _Map:

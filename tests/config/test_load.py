@@ -126,6 +126,7 @@ def test_one_fault_is_one_sentence(problems, old: str, new: str, said: str) -> N
         ("swarm: {peers: 3}", "swarm: not in this version of muster: remove it"),
         ("faults: {restarts: -1}", "faults.restarts: should be at least 0 (got -1)"),
         ("faults: {grace: 0s}", "faults.grace: should be more than 0 (got '0s')"),
+        ("faults: {on_nan: rewnd}", "faults.on_nan: should be stop, skip or rewind (got 'rewnd') - did you mean 'rewind'?"),
         ("track: wandb", "track: should be a list, such as [a, b] (got 'wandb')"),
         ("track: [tensorbord]", "track.0: should be tensorboard or wandb (got 'tensorbord') - did you mean 'tensorboard'?"),
         ("checkpoint: {every: 3}", "checkpoint.every: should say its unit: for example 2m, 30s or 100 steps (got 3)"),

@@ -176,7 +176,11 @@ def test_poisoned_weights_stop_with_the_step_and_the_parameter(
 ) -> None:
     with pytest.raises(RuntimeError, match=r"step 3: .*not finite, first in layers\.1\.mlp\.up\.weight"):
         run_ranks(
-            2, train_poisoned, tiny(layout={"shard": 2, "zero": 3}), str(corpus), str(tmp_path / "tiny")
+            2,
+            train_poisoned,
+            tiny(layout={"shard": 2, "zero": 3}, faults={"on_nan": "stop"}),
+            str(corpus),
+            str(tmp_path / "tiny"),
         )
     assert read_jsonl(tmp_path / "tiny" / "events.jsonl")[-1]["event"] == "failed"
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Manifest:
     format: int
     step: int
     tokens: int
-    """Tokens trained on so far; with `seed` it gives the position in the data and every random state."""
+    """Tokens trained on so far; with `seed` and the batches left out it gives the position in the data and every
+    random state."""
     seed: int
     digest: str
     """Digest of the resolved run file."""
@@ -47,6 +48,8 @@ class Manifest:
     files: dict[str, FileSum]
     held_out_loss: float | None = None
     """Nats per token, where this very state was evaluated during training."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What `resilience/guard.py` remembers: the batches left out, and the steps that spikes are judged by."""
 
     def write(self, folder: Path) -> None:
         plain = json.loads(json.dumps(asdict(self)))  # as it reads back

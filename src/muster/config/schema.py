@@ -273,12 +273,24 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Faults:
-    """What is done when something fails or is stopped."""
+    """What is done when something fails, goes wrong in a step, or is stopped."""
 
     restarts: Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)] = 10
     """Restarts in a row without a newly committed checkpoint; each new one makes the budget whole again."""
     grace: Seconds = 25.0
     """Time that ranks have to save and leave when the run is stopped (SIGTERM, SIGINT, SIGUSR1)."""
+    on_nan: Literal["stop", "skip", "rewind"] = "rewind"
+    """When the loss or the gradients hold a nan or inf, found before the parameters change. stop: end the run; skip:
+    never use that batch again and do the step with the next one; rewind: the same, and where the next batch is bad
+    too, so that the parameters are to blame, go back to the newest checkpoint and use none of the batches since.
+    After 3 bad steps in a row or 20 in all the run stops. rewind is the default: one bad batch costs one step, and
+    only what cannot be mended stops a run."""
+    on_spike: Literal["note", "stop", "skip", "rewind"] = "note"
+    """When the loss or the gradient norm stands far above the last 64 steps. note: only tell, because most spikes
+    pass by themselves; the others as for on_nan."""
+    checksum_every: Positive | None = 100
+    """Steps between two comparisons of the bits of all copies of parameters and optimizer state, which also come
+    before each checkpoint; null for none. What one rank alone holds (shard without replicate) has no copy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

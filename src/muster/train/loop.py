@@ -12,8 +12,9 @@ from muster.comm.meter import Meter
 from muster.data.packing import Batch
 from muster.data.sampler import Sampler
 from muster.parallel.world import World
+from muster.resilience.guard import BadStep
 from muster.resilience.lifeline import Lifeline
-from muster.train import saves
+from muster.train import recovery, saves
 from muster.train.clock import Alarm
 from muster.train.evaluate import Evaluation
 from muster.train.plan import Plan, Training
@@ -28,6 +29,7 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
     """
     trainee = Trainee(plan, world)
     begun = step = saves.resume(trainee, plan, world, report)
+    recovery.recall(trainee.guard, plan.folder, world)
     saver = saves.Saver(trainee, plan, world, report, step=step)
     report.begin(step)
     sampler = Sampler(plan.corpus, plan.sequence, plan.run.train.seed)
@@ -36,7 +38,7 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
     gc.disable()  # a collection in the middle of one rank's step would make every other rank wait
 
     while step < plan.steps:
-        batches = microbatches(sampler, plan, trainee.mesh.data_index, step)
+        batches = microbatches(sampler, plan, trainee.mesh.data_index, trainee.guard.batch_of(step))
         # One small exchange a step: the size of the global batch, what the first rank's clock says is due,
         # how saving goes, and whether any rank was asked to stop.
         tokens, evaluate_now, stop_now, *save_votes = world.sum(
@@ -48,7 +50,11 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
         saver.after(step, save_votes)
         # The second step is like all that follow; in the first, much is done once.
         meter = Meter(trainee.mesh.groups) if step == begun + 1 and world.size > 1 else None
-        update = trainee.update(step, batches, int(tokens), meter=meter)
+        try:
+            update = trainee.update(step, batches, int(tokens), meter=meter)
+        except BadStep as bad:
+            step = recovery.recover(bad, step, trainee, saver, plan, world, report)
+            continue
         step += 1
         lifeline.reached(step)
         report.step(step, update)
@@ -60,6 +66,8 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
             last_evaluation = trainee.evaluate(plan.corpus, limit_tokens=plan.run.train.eval_tokens)
             report.evaluation(step, last_evaluation)
             saver.scored(step, last_evaluation)
+        if trainee.guard.checks_copies(step):
+            trainee.check_copies(step)
         if step % 100 == 0:
             gc.collect(1)
 
@@ -71,14 +79,14 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
     return last_evaluation
 
 
-def microbatches(sampler: Sampler, plan: Plan, part: int, step: int) -> list[Batch]:
-    """One data part of the global batch of a step, which is the same for any number of ranks."""
-    return [sampler.batch(samples) for samples in microbatch_ranges(plan, part, step)]
+def microbatches(sampler: Sampler, plan: Plan, part: int, batch: int) -> list[Batch]:
+    """One data part of a global batch, given by its number; it is the same for any number of ranks."""
+    return [sampler.batch(samples) for samples in microbatch_ranges(plan, part, batch)]
 
 
-def microbatch_ranges(training: Training, part: int, step: int) -> list[range]:
+def microbatch_ranges(training: Training, part: int, batch: int) -> list[range]:
     """The numbers of the samples in each microbatch of one data part."""
     per_part = training.sequences_per_batch // training.layout.data
-    first = step * training.sequences_per_batch + part * per_part
+    first = batch * training.sequences_per_batch + part * per_part
     size = training.layout.microbatch
     return [range(start, start + size) for start in range(first, first + per_part, size)]

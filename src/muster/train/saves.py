@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -84,6 +84,7 @@ def _restore(trainee: Trainee, plan: Training, report: Report, path: Path, conte
             f"another name"
         )
     trainee.restore(path, content.step)
+    trainee.guard.restore(content.guard)
     report.note("resumed", f"resumed from {path} at step {content.step} of {plan.steps}", step=content.step)
     return content.step
 
@@ -96,6 +97,8 @@ class _Flight:
     begun: float
     stall_s: float
     held_out_loss: float | None
+    guard: dict[str, Any]
+    """What the guard knew then."""
     size_bytes: int = 0
     """Of all ranks, known when it is committed."""
 
@@ -162,11 +165,11 @@ class Saver:
 
         DoesNotFit, on all ranks, where it cannot be written. All ranks must call.
         """
-        self._drain()
+        self.drain()
         if self._is_saved(step):
             return
         self._begin(step)
-        self._drain()
+        self.drain()
         if not self._is_saved(step):
             raise DoesNotFit(f"step {step}, at which this run stops, is not saved: {self._why}")
 
@@ -174,8 +177,8 @@ class Saver:
         (saved,) = self._world.sum(self._world.is_first and self._committed == step)
         return bool(saved)
 
-    def _drain(self) -> None:
-        """Wait until nothing is in flight on any rank."""
+    def drain(self) -> None:
+        """Wait until nothing is in flight on any rank. All ranks must call."""
         self._work.wait()
         if self._writing is not None:
             (failures,) = self._world.sum(self._work.failed)
@@ -188,6 +191,7 @@ class Saver:
 
     def _begin(self, step: int) -> None:
         """Copy this rank's shards and start writing them."""
+        self._trainee.check_copies(step)  # so that no checkpoint holds what its copies contradict
         begun = time.perf_counter()
         self._due = self._put_off = False
         refusal: OSError | None = None
@@ -209,7 +213,8 @@ class Saver:
         self._trainee.model.forget_residuals()
         loss = self._loss_of(step)
         self._best = min(self._best, math.inf if loss is None else loss)
-        self._writing = _Flight(step, begun, time.perf_counter() - begun, loss)
+        stall_s = time.perf_counter() - begun
+        self._writing = _Flight(step, begun, stall_s, loss, self._trainee.guard.state())
 
     def _settle(self, failed: bool) -> None:
         """All ranks have written, or have failed to: the first rank makes a checkpoint of it, or clears it away."""
@@ -246,6 +251,7 @@ class Saver:
                 },
                 files=collect_sums(shelf.partial_of(self._shelf, step), self._world.size),
                 held_out_loss=flight.held_out_loss,
+                guard=flight.guard,
             )
             shelf.commit(self._shelf, step, content)
             flight.size_bytes = sum(entry.bytes for entry in content.files.values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from muster.checkpoint.manifest import Manifest
 from muster.checkpoint.state import WEIGHTS, read_shards
 from muster.data.tokenizer import Tokenizer
 from muster.errors import CheckpointError
-from muster.model.spec import RopeScaling, TransformerSpec
+from muster.model.spec import TransformerSpec
 from muster.model.transformer import Transformer, named_tensors
 
 
@@ -36,12 +35,7 @@ def load_trained(run_folder: Path) -> Trained:
         raise CheckpointError(f"{run_folder} has no checkpoint yet: `muster train` writes them")
     checkpoint, content = found
     with torch.device("meta"):
-        model = Transformer(_spec(content.model))
+        model = Transformer(TransformerSpec.from_dict(content.model))
     model = model.to_empty(device="cpu").eval()
     read_shards({WEIGHTS + name: tensor.data for name, tensor in named_tensors(model)}, checkpoint)
     return Trained(model, Tokenizer.from_file(run_folder / "tokenizer"), checkpoint, content, damaged)
-
-
-def _spec(plain: dict[str, Any]) -> TransformerSpec:
-    scaling = plain["rope_scaling"]
-    return TransformerSpec(**(plain | {"rope_scaling": None if scaling is None else RopeScaling(**scaling)}))

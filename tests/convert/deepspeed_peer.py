@@ -25,7 +25,7 @@ def main(folder: Path, stage: int, precision: str, tied: bool) -> None:
     transformers.utils.logging.set_verbosity_error()
     deepspeed.init_distributed(dist_backend="gloo")
     config = transformers.LlamaConfig(
-        vocab_size=131, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=263, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=tied,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
@@ -41,7 +41,7 @@ def main(folder: Path, stage: int, precision: str, tied: bool) -> None:
     rank = int(os.environ["RANK"])
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(10 * step + rank)
-        tokens = torch.randint(0, 131, (2, 16), generator=generator)
+        tokens = torch.randint(0, 263, (2, 16), generator=generator)
         loss = engine(input_ids=tokens, labels=tokens).loss
         engine.backward(loss)
         engine.step()
@@ -53,7 +53,10 @@ def main(folder: Path, stage: int, precision: str, tied: bool) -> None:
 
     config.save_pretrained(folder)
     whole = get_fp32_state_dict_from_zero_checkpoint(str(folder))
-    save_file({name: tensor.clone().contiguous() for name, tensor in whole.items()}, folder / "zero_to_fp32.safetensors")
+    save_file(
+        {name: tensor.clone().contiguous() for name, tensor in whole.items()},
+        folder / "zero_to_fp32.safetensors",
+    )
     tag = (folder / "latest").read_text()
     more = [] if stage == 3 else ["--inject_missing_state"]
     subprocess.run(

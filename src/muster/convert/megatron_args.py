@@ -58,6 +58,10 @@ def spec_of_arguments(arguments: Arguments) -> TransformerSpec:
         bool(arguments.get("swiglu")),
     )
     if kind == ("LayerNorm", "learned_absolute", False) and bias and not grouped and sizes["tied"]:
+        if not (arguments.get("bias_gelu_fusion", True) or arguments.get("openai_gelu")):
+            raise UsageError(
+                "Megatron-LM's exact gelu is not supported, only GPT-2's: this model cannot be converted"
+            )
         return _gpt2(sizes)
     if kind != ("RMSNorm", "rope", True):
         raise UsageError(

@@ -16,6 +16,7 @@ from muster.checkpoint.state import collect_sums, write_shards
 from muster.config.digest import differences, digest, identity
 from muster.errors import CheckpointError
 from muster.parallel.world import World
+from muster.train import origin
 from muster.train.plan import Plan
 from muster.train.report import Report
 from muster.train.trainee import Trainee
@@ -31,6 +32,7 @@ def resume(trainee: Trainee, plan: Plan, world: World, report: Report) -> int:
         step = 0 if found is None else found[1].step
     step = int(world.sum(step)[0])
     if step == 0:
+        origin.begin(trainee, plan, world, report)
         return 0
     path = shelf.folder_of(folder, step)
     content = manifest.read(path)

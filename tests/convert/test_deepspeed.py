@@ -74,7 +74,7 @@ def test_incomplete_and_mixed_up_checkpoints_are_refused(tmp_path: Path) -> None
         grown = saved(f"grown-{stage}", stage)
         path = min(files(grown).glob("*_model_states.pt"))
         change(path, param_shapes=[{"model.embed_tokens.weight": torch.Size((400, 24))}])
-        with pytest.raises(CheckpointError, match="laid out as no ZeRO checkpoint"):
+        with pytest.raises(CheckpointError, match="laid out in no way"):
             open_source(grown)
     divided = saved("divided")
     (files(divided) / "mp_rank_01_model_states.pt").write_bytes(b"")

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from muster.convert.source import Kind, table, whole_number
+from muster.convert.source import Kind, table, understood, whole_number
 from muster.convert.torchfile import StoredTensor, read_torch_file
 from muster.convert.universal import Universal
 from muster.convert.zero import open_partitioned
@@ -52,9 +52,13 @@ class DeepSpeed:
         return values_from(
             spec,
             {*kept, *aliases},
-            lambda name: self._tensors.read(kind, aliases.get(name, name)),
+            lambda name: self._read(kind, aliases.get(name, name)),
             f"{self.folder} ({kind})",
         )
+
+    def _read(self, kind: Kind, name: str) -> Tensor:
+        with understood(self.folder):
+            return self._tensors.read(kind, name)
 
 
 def folder_of(path: Path) -> Path | None:

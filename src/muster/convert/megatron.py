@@ -21,7 +21,7 @@ from torch import Tensor
 from muster.convert.megatron_args import spec_of_arguments
 from muster.convert.megatron_names import layers_of, shifted, stored_tensors, theirs
 from muster.convert.megatron_optimizer import MissingMoments, moments_of
-from muster.convert.source import Kind, table, whole_number
+from muster.convert.source import Kind, table, understood, whole_number
 from muster.convert.torchfile import StoredTensor, read_torch_file
 from muster.errors import CheckpointError, UsageError
 from muster.model.spec import TransformerSpec
@@ -45,6 +45,8 @@ class Megatron:
     _parts: Mapping[Kind, Parts]
 
     def values(self, kind: Kind, spec: TransformerSpec) -> Value:
+        if kind not in self._parts:
+            raise UsageError(f"{self.folder} has no moments: {self.missing_moments}")
         places, parts = theirs(spec), self._parts[kind]
         needed = {place.name for place in places.values()}
         if spec.tied:
@@ -60,10 +62,8 @@ class Megatron:
             place = places[name]
             if place.name not in parts:
                 raise UsageError(f"{self.folder} lacks the tensor '{place.name}', which {name} is made of")
-            try:
+            with understood(f"{self.folder}: {place.name}"):
                 tensor = place.join([part.read() for part in parts[place.name]])
-            except (RuntimeError, IndexError) as error:
-                raise UsageError(f"{self.folder}: '{place.name}' does not give {name} ({error})") from None
             if tensor.shape != shape:
                 raise UsageError(
                     f"{self.folder}: '{place.name}' gives {name} the shape {tuple(tensor.shape)} instead of "

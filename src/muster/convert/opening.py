@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from muster.convert import deepspeed, megatron
-from muster.convert.source import Source, refuse_other_model
+from muster.convert.source import Source, refuse_other_model, understood
 from muster.errors import UsageError
 from muster.model.folder import read_spec
 from muster.model.spec import TransformerSpec
@@ -16,9 +16,11 @@ def open_source(path: Path) -> Source:
     if not path.is_dir():
         raise UsageError(f"{path} is no folder: give that of a checkpoint")
     if (found := megatron.folder_of(path)) is not None:
-        return megatron.open_megatron(found)
+        with understood(found):
+            return megatron.open_megatron(found)
     if (found := deepspeed.folder_of(path)) is not None:
-        return deepspeed.open_deepspeed(found)
+        with understood(found):
+            return deepspeed.open_deepspeed(found)
     if (path / "config.json").is_file():
         raise UsageError(
             f"{path} is in Hugging Face layout already: a run starts from it with `model: {{from: {path}}}`"

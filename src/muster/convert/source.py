@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -57,6 +58,18 @@ def whole_number(table: Mapping[str, Any], key: str, where: Path) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise CheckpointError(f"{where}: {key} is {value!r} instead of a number: copy it again")
     return value
+
+
+@contextmanager
+def understood(where: object) -> Iterator[None]:
+    """Within, a structure that is not as expected is an error of the checkpoint."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{where} is laid out in no way that is known here ({type(error).__name__}: {error}): copy it again, or "
+            f"save it with a newer version of its trainer"
+        ) from None
 
 
 def table(content: Any, where: Path) -> dict[str, Any]:

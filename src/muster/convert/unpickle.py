@@ -7,13 +7,14 @@ name is refused. Work and memory are bounded by the pickle's size.
 
 from __future__ import annotations
 
+import io
 import pickletools
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_MAX_COPIED = 10_000_000
+_MAX_COPIED = 2_000_000
 """Entries that may be copied while rebuilding containers: a pickle can ask for the same long list again and again."""
 _ATOMS = (str, int, float, bytes, type(None))
 
@@ -101,8 +102,7 @@ class _Machine:
         self._copied = 0
 
     def run(self, pickled: bytes) -> Any:
-        for opcode, argument, _ in pickletools.genops(pickled):
-            name = opcode.name
+        for name, argument in _opcodes(pickled):
             if name in _CONSTANTS:
                 self._stack.append(_CONSTANTS[name])
             elif name in _LITERALS:
@@ -110,10 +110,7 @@ class _Machine:
             elif name == "STOP":
                 return self._stack.pop()
             elif name not in _IGNORED:
-                work = getattr(self, f"_op_{name.lower()}", None)
-                if work is None:
-                    raise Refused(f"the opcode {name}")
-                work(argument)
+                getattr(self, f"_op_{name.lower()}")(argument)
         raise ValueError("it has no end")
 
     # Containers
@@ -281,6 +278,21 @@ _LITERALS = {
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINSTRING", "SHORT_BINSTRING"),
 }
 _IGNORED = {"PROTO", "FRAME"}
+_WORKED = {name.removeprefix("_op_").upper() for name in vars(_Machine) if name.startswith("_op_")}
+_TABLE = {opcode.code: opcode for opcode in pickletools.opcodes}
+_KNOWN = {"STOP"} | _CONSTANTS.keys() | _LITERALS | _IGNORED | _WORKED
+
+
+def _opcodes(pickled: bytes) -> Iterator[tuple[str, Any]]:
+    """Names and arguments; an unknown one is refused before its argument is read."""
+    stream = io.BytesIO(pickled)
+    while code := stream.read(1):
+        opcode = _TABLE.get(code.decode("latin-1"))
+        if opcode is None:
+            raise ValueError(f"it has the byte {code!r} for an opcode")
+        if opcode.name not in _KNOWN:
+            raise Refused(f"the opcode {opcode.name}")
+        yield opcode.name, None if opcode.arg is None else opcode.arg.reader(stream)
 
 
 def _key(key: Any) -> Any:

@@ -99,16 +99,10 @@ def open_partitioned(folder: Path, models: list[dict[str, Any]]) -> Partitioned:
         raise CheckpointError(
             f"{folder} holds the optimizer files of {len(states)} ranks, but they say {count}: copy it again"
         )
-    try:
-        shapes = [{name: tuple(size) for name, size in group.items()} for group in models[0]["param_shapes"]]
-        sharded = "fp32_flat_groups" in states[0]
-        places, step = (_stage3 if sharded else _stage2)(shapes, states)
-        whole = _frozen(models, sharded)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} is laid out as no ZeRO checkpoint that is known here ({type(error).__name__}: {error}): make a "
-            f"universal checkpoint of it with ds_to_universal"
-        ) from None
+    shapes = [{name: tuple(size) for name, size in group.items()} for group in models[0]["param_shapes"]]
+    sharded = "fp32_flat_groups" in states[0]
+    places, step = (_stage3 if sharded else _stage2)(shapes, states)
+    whole = _frozen(models, sharded)
     return Partitioned(places, whole, step)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_a_checkpoint_is_taken_and_the_run_goes_its_own_way(
     trained = [
         entry["loss"] for entry in read_jsonl(base / "runs" / "bpe" / "metrics.jsonl") if "loss" in entry
     ]
-    assert first < 0.95 * trained[0]  # it starts where the other one ended
+    assert first < trained[0] - 0.1  # on the same batch: it starts where the other one ended
     notes = [entry.get("message", "") for entry in read_jsonl(folder / "events.jsonl")]
     assert sum("started from the weights of" in note for note in notes) == 1
     run_ranks(2, train_here, run, str(base), str(folder))  # resumed from its own checkpoint by now
@@ -137,8 +138,6 @@ def test_what_cannot_be_started_from_is_refused(base: Path, tmp_path: Path) -> N
 
 
 def test_damaged_files_are_not_started_from(base: Path, run_ranks: Any, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(base / "runs" / "bpe", copy)
     checkpoint = shelf.folder_of(copy / "checkpoints", STEPS)
@@ -146,11 +145,11 @@ def test_damaged_files_are_not_started_from(base: Path, run_ranks: Any, tmp_path
     content = bytearray(file.read_bytes())
     content[-5] ^= 16
     file.write_bytes(content)
-    for at in (copy, checkpoint):
+    for number, at in enumerate((copy, checkpoint)):
         with pytest.raises(
             RuntimeError, match=r"rank-00000\.safetensors does not match|none of the 1 checkpoints"
         ):
-            run_ranks(1, train_here, started(base, str(at)), str(base), str(tmp_path / "tuned"))
-    assert not shelf.steps(tmp_path / "tuned" / "checkpoints")
+            run_ranks(1, train_here, started(base, str(at)), str(base), str(tmp_path / f"tuned-{number}"))
+        assert not shelf.steps(tmp_path / f"tuned-{number}" / "checkpoints")
     json.loads((checkpoint / "manifest.json").read_text())
     assert origin.read_spec(copy).vocab == 280

@@ -21,6 +21,7 @@ FLOORS = {
     "resilience": 4,
     "train": 5,
     "export": 6,
+    "convert": 6,
     "serve": 7,
     "cli": 8,
 }

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from muster.model.spec import TransformerSpec
 
 _PROBE_ROWS, _PROBE_TOKENS = 8, 256
 
@@ -37,8 +42,6 @@ def export(run_folder: Path, *, to: Literal["hf"] = "hf", out: Path | None = Non
     for sentence in trained.damaged:
         sys.stderr.write(f"muster: {sentence}\n")
     spec, content = trained.model.spec, trained.manifest
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randint(spec.vocab, (_PROBE_ROWS, min(_PROBE_TOKENS, spec.context)), generator=generator)
     target = out or run_folder / to
     report = export_hf(
         dict(named_tensors(trained.model)),
@@ -47,7 +50,7 @@ def export(run_folder: Path, *, to: Literal["hf"] = "hf", out: Path | None = Non
         target,
         dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[run.export.dtype or run.train.precision],
         limits=run.export.parity,
-        probe_tokens=probe,
+        probe_tokens=probe_of(spec),
         provenance={
             "run": run.name,
             "run_digest": content.digest,
@@ -57,3 +60,11 @@ def export(run_folder: Path, *, to: Literal["hf"] = "hf", out: Path | None = Non
         },
     )
     sys.stdout.write(f"exported {target} from {trained.checkpoint.name}\nparity   {report.line()}: ok\n")
+
+
+def probe_of(spec: TransformerSpec) -> Tensor:
+    """The tokens (B, T) that an export is checked on."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(spec.vocab, (_PROBE_ROWS, min(_PROBE_TOKENS, spec.context)), generator=generator)

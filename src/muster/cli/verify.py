@@ -54,11 +54,12 @@ def verify(
     from muster.config.load import load_run
     from muster.config.schema import Layout
     from muster.model.build import spec_from_config
+    from muster.train.origin import read_spec
     from muster.train.verifier import Verifier
     from muster.train.verify import scaled, sequences_for
 
     run = load_run(run_file, overrides)
-    spec = spec_from_config(run.model, _vocabulary(run), run_file.parent)
+    spec = spec_from_config(run.model, _vocabulary(run), run_file.parent, read_spec)
     said = _resolvable(run, spec)
     own = Layout() if all_ else said
     spec = spec if real else scaled(spec, own)

@@ -33,7 +33,7 @@ class Model:
     preset: str | None = None
     """A published size by name, e.g. llama-3-8b; sizes written beside it override the preset's."""
     from_: Annotated[str | None, Field(alias="from")] = None
-    """Folder in Hugging Face layout to start from (its weights are loaded)."""
+    """Folder whose weights to start from: one in Hugging Face layout, or a run of muster or one of its checkpoints."""
     layers: Positive | None = None
     """Number of transformer blocks."""
     width: Positive | None = None

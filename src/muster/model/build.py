@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from muster.model.spec import TransformerSpec
 _FFN_MULTIPLE = 64
 
 
-def spec_from_config(section: schema.Model, vocab: int, base: Path) -> TransformerSpec:
+def spec_from_config(
+    section: schema.Model, vocab: int, base: Path, read: Callable[[Path], TransformerSpec] = read_spec
+) -> TransformerSpec:
     """The model that a run file asks for, with a tokenizer of `vocab` tokens.
 
-    `base` is the run file's folder. Raises ConfigError, and UsageError where `from` cannot be read.
+    `base` is the run file's folder, and `read` gives the model in the folder that `from` names. Raises ConfigError,
+    and UsageError where that cannot be read.
     """
     if section.from_ is not None:
-        spec = read_spec(base / Path(section.from_).expanduser())
+        spec = read(base / Path(section.from_).expanduser())
         if vocab > spec.vocab:
             raise ConfigError(
                 [

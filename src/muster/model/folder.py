@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +45,28 @@ def open_weights(folder: Path) -> Value:
     """
     spec = read_spec(folder)
     files = _files_of(folder)
+    return values_from(spec, files.keys(), lambda name: _read(files[name], name), str(folder))
+
+
+def values_from(
+    spec: TransformerSpec, names: Collection[str], read: Callable[[str], Tensor], where: str
+) -> Value:
+    """Tensors by our names, in fp32, out of those that `read` finds by their Hugging Face `names`.
+
+    They have to be the tensors of `spec`, no more and no fewer; UsageErrors name others, and say `where` they are.
+    """
     foreign = FAMILIES[spec.family].tensors(spec)
-    stored = _stored_names(folder, files, spec)
+    stored = _stored_names(names, spec, read, where)
 
     def value(name: str, shape: torch.Size) -> Tensor:
         whole = torch.empty(shape)
         parts = whole.unbind() if foreign[name].stacked else [whole]
         for part, theirs in zip(parts, foreign[name].names, strict=True):
             source = stored[theirs]
-            tensor = _import(_read(files[source], source), foreign[name])
+            tensor = _import(read(source), foreign[name])
             if tensor.shape != part.shape:
                 raise UsageError(
-                    f"{files[source]}: '{source}' gives {name} the shape {tuple(tensor.shape)}, but config.json "
+                    f"{where}: '{source}' gives {name} the shape {tuple(tensor.shape)}, but config.json "
                     f"asks for {tuple(part.shape)}: they do not belong together"
                 )
             part.copy_(tensor)
@@ -165,29 +175,31 @@ def _export(pieces: Pieces, dtype: torch.dtype) -> Tensor:
     return (tensor.t() if ordered[0][0].transposed else tensor).contiguous()
 
 
-def _stored_names(folder: Path, files: Mapping[str, Path], spec: TransformerSpec) -> dict[str, str]:
-    """What each tensor that the model needs is called in these files; refuses any other set of tensors."""
+def _stored_names(
+    names: Collection[str], spec: TransformerSpec, read: Callable[[str], Tensor], where: str
+) -> dict[str, str]:
+    """What each tensor that the model needs is called among `names`; refuses any other set of tensors."""
     family = FAMILIES[spec.family]
     foreign = family.tensors(spec)
     needed = {name for source in foreign.values() for name in source.names}
-    found = {name: name if name in files else name.removeprefix(family.optional_prefix) for name in needed}
-    missing = sorted(name for name in needed if found[name] not in files)
+    found = {name: name if name in names else name.removeprefix(family.optional_prefix) for name in needed}
+    missing = sorted(name for name in needed if found[name] not in names)
     if missing:
         raise UsageError(
-            f"{folder} lacks {_named(missing)}, which config.json asks for: it is incomplete, copy it again"
+            f"{where} lacks {_named(missing)}, which config.json asks for: it is incomplete, copy it again"
         )
-    surplus = {name for name in files.keys() - found.values() if not name.endswith(family.buffers)}
+    surplus = {name for name in set(names) - set(found.values()) if not name.endswith(family.buffers)}
     if spec.tied and _HEAD in surplus:
         surplus.remove(_HEAD)
         embedding = found[foreign["embed.weight"].name]
-        if not torch.equal(_read(files[_HEAD], _HEAD), _read(files[embedding], embedding)):
+        if not torch.equal(read(_HEAD), read(embedding)):
             raise UsageError(
-                f"{folder}: config.json says tie_word_embeddings, but {_HEAD} differs from {embedding}: "
+                f"{where}: config.json says tie_word_embeddings, but {_HEAD} differs from {embedding}: "
                 f"set it to false"
             )
     if surplus:
         raise UsageError(
-            f"{folder} also has {_named(sorted(surplus))}, which a {spec.family} model as in its config.json "
+            f"{where} also has {_named(sorted(surplus))}, which a {spec.family} model as in its config.json "
             f"does not have: they do not belong together"
         )
     return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +61,12 @@ class TransformerSpec:
     """The chosen experts' scores are divided by their sum."""
     router_bias: bool = False
     """The choice (not the weight) of an expert adds a bias that balances the load without a loss."""
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> TransformerSpec:
+        """What `dataclasses.asdict` of a specification gave."""
+        scaling = plain["rope_scaling"]
+        return cls(**{**plain, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
 
     @property
     def embedding_parameters(self) -> int:

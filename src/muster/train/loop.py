@@ -14,7 +14,7 @@ from muster.data.sampler import Sampler
 from muster.parallel.world import World
 from muster.resilience.guard import BadStep
 from muster.resilience.lifeline import Lifeline
-from muster.train import recovery, saves
+from muster.train import origin, recovery, saves
 from muster.train.clock import Alarm
 from muster.train.evaluate import Evaluation
 from muster.train.plan import Plan, Training
@@ -29,6 +29,8 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
     """
     trainee = Trainee(plan, world)
     begun = step = saves.resume(trainee, plan, world, report)
+    if step == 0:
+        origin.begin(trainee, plan, world, report)
     recovery.recall(trainee.guard, plan.folder, world)
     saver = saves.Saver(trainee, plan, world, report, step=step)
     report.begin(step)

@@ -18,6 +18,7 @@ from muster.model.build import balance_from_config, spec_from_config
 from muster.model.spec import TransformerSpec
 from muster.parallel.layout import Layout, resolve
 from muster.parallel.world import usable_cores
+from muster.train import origin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,11 +31,13 @@ class Training:
     spec: TransformerSpec
     layout: Layout
     model_folder: Path | None
-    """The folder that `model.from` names."""
+    """The folder in Hugging Face layout that `model.from` names."""
     sequence: int
     """Tokens of one sample."""
     steps: int
     """Optimizer steps of the whole run."""
+    trained: Path | None = None
+    """The run or checkpoint of ours that `model.from` names."""
 
     @property
     def sequences_per_batch(self) -> int:
@@ -67,15 +70,16 @@ def make(
     else has started the ranks. Errors are the user's to mend: nothing has been started yet.
     """
     # Sizes and layout before the corpus is read, which can take long; any vocabulary does for that.
-    draft = spec_from_config(run.model, 1, base)
+    draft = spec_from_config(run.model, 1, base, origin.read_spec)
     balance_from_config(run.train.balance, draft)
     layout = resolve(run, draft, cores=usable_cores(), gpus=gpus, ranks=ranks)
-    model_folder = None if run.model.from_ is None else (base / Path(run.model.from_).expanduser()).resolve()
+    start = None if run.model.from_ is None else (base / Path(run.model.from_).expanduser()).resolve()
     data = run.data
     if data.tokenizer is None:
-        data = replace(data, tokenizer="byte" if model_folder is None else str(model_folder))
+        data = replace(data, tokenizer="byte" if start is None else str(origin.tokenizer_of(start)))
     corpus = prepare(data, base, folder.parent / "cache", progress=progress)
-    spec = spec_from_config(run.model, corpus.tokenizer.vocab, base)
+    spec = spec_from_config(run.model, corpus.tokenizer.vocab, base, origin.read_spec)
+    ours = start is not None and origin.is_ours(start)
     sequence = run.train.sequence or spec.context
     Sampler(corpus, sequence, run.train.seed)  # refuses a source too small for one sample
     return Plan(
@@ -86,7 +90,8 @@ def make(
         spec=spec,
         layout=layout,
         attention=_attention(layout, sequence, "cuda" if gpus else "cpu"),
-        model_folder=model_folder,
+        model_folder=None if ours else start,
+        trained=start if ours else None,
         sequence=sequence,
         steps=run.train.tokens // run.train.batch_tokens,
     )

@@ -160,11 +160,19 @@ class Trainee:
 
     def restore(self, folder: Path, step: int) -> None:
         """Continue from a checkpoint taken after `step` updates, on any layout."""
-        read_shards(self.state(), folder)
-        copies = {name: tensor for name, tensor in self._everything().items() if _COPY in name}
-        if copies:
-            read_shards({name.replace(_COPY, ""): tensor for name, tensor in copies.items()}, folder)
+        self._read(folder, "")
         self.optimizer.set_steps(step)
+
+    def take_weights(self, folder: Path) -> None:
+        """Begin with the weights of a checkpoint of the same model, from any layout; each rank reads its part."""
+        self._read(folder, WEIGHTS)
+
+    def _read(self, folder: Path, prefix: str) -> None:
+        chosen = {name: tensor for name, tensor in self._everything().items() if name.startswith(prefix)}
+        read_shards({name: tensor for name, tensor in chosen.items() if _COPY not in name}, folder)
+        copies = {name.replace(_COPY, ""): tensor for name, tensor in chosen.items() if _COPY in name}
+        if copies:
+            read_shards(copies, folder)
 
     def _everything(self) -> dict[str, Tensor]:
         weights = {WEIGHTS + name: parameter.data for name, parameter in self.model.named_parameters()}
@@ -184,5 +192,7 @@ def seed_step(seed: int, step: int) -> None:
 def _first_values(plan: Training) -> Value:
     if plan.model_folder is not None:
         return open_weights(plan.model_folder)
+    if plan.trained is not None:  # read later, each rank its own part
+        return lambda name, shape: torch.zeros(()).expand(shape)
     seed, spec = plan.run.train.seed, plan.spec
     return lambda name, shape: initial_value(name, shape, spec, seed)

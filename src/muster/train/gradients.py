@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from muster.parallel.world import World
+
 Named = Sequence[tuple[str, nn.Parameter]]
 """This rank's parameters, each once, by the undivided model's names."""
 
@@ -37,8 +39,8 @@ def clip(named: Named, norm: float, limit: float) -> None:
         torch._foreach_mul_(gradients, limit / norm)
 
 
-def first_bad_parameter(named: Named, all_names: Sequence[str]) -> str:
-    """Name of the first parameter whose gradient holds a nan or inf on any rank; all ranks must call it.
+def first_bad_parameter(named: Named, all_names: Sequence[str], world: World) -> str:
+    """Name of the first parameter whose gradient holds a nan or inf on any rank of `world`; all of them must call it.
 
     `all_names` are the undivided model's, of which a pipeline rank has some.
     """
@@ -46,8 +48,8 @@ def first_bad_parameter(named: Named, all_names: Sequence[str]) -> str:
     found = [(places[name], _local(p.grad)) for name, p in named if p.grad is not None]
     bad = [place for place, grad in found if not bool(torch.isfinite(grad).all())]
     first = torch.tensor(min(bad, default=len(all_names)), device=found[0][1].device)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    if world.size > 1:
+        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=world.group)
     return all_names[int(first)] if int(first) < len(all_names) else "none: only their norm overflowed"
 
 

@@ -34,8 +34,9 @@ def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
 
     while step < plan.steps:
         batches = microbatches(sampler, plan, trainee.mesh.data_index, step)
-        # One small exchange a step: the size of the global batch, and what the first rank's clock says is due.
-        tokens, evaluate_now, save_now = world.sum(
+        # One small exchange a step: the size of the batch, and what the first rank's clock says is due.
+        tokens, evaluate_now, save_now = trainee.sync.agree(
+            step,
             trainee.mesh.reads_first and sum(batch.valid_tokens for batch in batches),
             world.is_first and evaluation_due.rings(step + 1),
             world.is_first and checkpoint_due.rings(step + 1),
@@ -44,7 +45,7 @@ def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
         meter = Meter(trainee.mesh.groups) if step == begun + 1 and world.size > 1 else None
         update = trainee.update(step, batches, int(tokens), meter=meter)
         step += 1
-        report.step(step, update)
+        report.step(step, trainee.sync.after_step(step, update))
         if meter is not None:
             report.traffic(meter.traffic)
         if evaluate_now and step < plan.steps:
@@ -57,6 +58,7 @@ def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
             gc.collect(1)
 
     if saved < step:
+        trainee.sync.finish(step)
         saves.save(trainee, plan, world, report, step)
     if plan.corpus.held_out:
         last_evaluation = trainee.evaluate(plan.corpus)

@@ -21,6 +21,7 @@ from muster.observe.trackers import Tracker, open_trackers
 from muster.parallel.world import World
 from muster.train.evaluate import Evaluation
 from muster.train.plan import Plan
+from muster.train.savings import sentence
 from muster.train.trainee import COMPUTE_DTYPE, Update
 
 
@@ -49,6 +50,8 @@ class Report:
             "layout_reason": plan.layout.reason,
             "attention": plan.attention,
         }
+        if plan.run.train.sync is not None:
+            choices["sync"] = sentence(plan)
         self.event("started", step=step, steps=plan.steps, **choices)
         self._window = _Window()
 

@@ -53,8 +53,7 @@ def save(trainee: Trainee, plan: Plan, world: World, report: Report, step: int) 
     if world.is_first:
         partial.mkdir(parents=True)
     world.barrier()
-    state = trainee.state() if trainee.mesh.is_first_copy else {}
-    write_shards(state, partial, world.rank, owns_whole=trainee.mesh.is_first_of_stage)
+    write_shards(trainee.owned(), partial, world.rank, owns_whole=trainee.mesh.is_first_of_stage)
     trainee.model.forget_residuals()
     world.barrier()
     if not world.is_first:

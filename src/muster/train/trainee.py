@@ -31,6 +31,7 @@ from muster.train.forward import to_inputs
 from muster.train.optimizer import make_optimizer
 from muster.train.plan import Training
 from muster.train.schedule import learning_rate
+from muster.train.sync import OF_COPY, make_sync
 
 _COPY = "copy of "
 """Marks a second copy of a parameter, which is trained like the first one, but neither counted nor saved."""
@@ -78,6 +79,14 @@ class Trainee:
             compute=COMPUTE_DTYPE[plan.run.train.precision],
             scratch=plan.folder if plan.layout.offload == "disk" else None,
         )
+        self.sync = make_sync(
+            plan.run.train.sync,
+            self.mesh,
+            world,
+            dict(self.model.named_parameters()) | copies,
+            dict(self.model.named_buffers()),
+            is_told=lambda step: step % plan.run.train.log_every == 0 or step == plan.steps,
+        )
 
     def update(
         self, step: int, batches: Sequence[Batch], tokens: int, *, meter: Meter | None = None
@@ -85,27 +94,30 @@ class Trainee:
         """One optimizer step from this rank's microbatches; `tokens` are the valid ones of the global batch.
 
         The loss of a step is the summed cross entropy over the global batch divided by its
-        valid tokens, never a mean of means, so no layout changes it. A `meter` counts what the passes send.
+        valid tokens, never a mean of means, so no layout changes it. (Under local training the batch is that of this
+        rank's copy.) A `meter` counts what the passes send.
         """
         seed_step(self.plan.run.train.seed, step)
         coefficient = (self.balance.coefficient if self.balance else None) or 0.0
         with meter or contextlib.nullcontext():
-            summed = self.model.train([self._inputs(batch) for batch in batches], 1 / tokens, coefficient)
+            summed = self.model.train([self._inputs(batch) for batch in batches], self.sync.summed / tokens, coefficient)
         load = self.model.take_load()
-        named = self.model.named_parameters()
-        total, square = self.world.sum(float(summed), gradients.squared_norm(named, self.mesh.copies_apart))
+        self.sync.exchange()
+        named, together = self.model.named_parameters(), self.mesh.together
+        total, square = together.sum(float(summed), gradients.squared_norm(named, self.mesh.copies_apart))
         norm = math.sqrt(square)
         if not math.isfinite(norm):
             raise TrainingError(
                 f"step {step + 1}: loss {total / tokens:.4g}, gradient norm {norm}: not finite, first in "
-                f"{gradients.first_bad_parameter(named, parameter_names(self.plan.spec))}; "
+                f"{gradients.first_bad_parameter(named, parameter_names(self.plan.spec), together)}; "
                 f"lower train.optimizer.lr, or look at this step's data"
             )
         train = self.plan.run.train
         if train.optimizer.clip is not None:
             gradients.clip(named + self.model.copies(), norm, train.optimizer.clip)
-        lr = learning_rate(step, self.plan.steps, train.optimizer.lr, train.schedule)
-        self.optimizer.step(lr)
+        lr = learning_rate(max(step - self.sync.delay, 0), self.plan.steps, train.optimizer.lr, train.schedule)
+        if step >= self.sync.delay:
+            self.optimizer.step(lr)
         if load is not None and self.balance and self.balance.rate:
             self.model.balance_by_bias(load, self.balance.rate)
         return Update(
@@ -118,31 +130,41 @@ class Trainee:
         batches = EvaluationBatches(
             corpus.held_out, corpus.tokenizer, self.plan.sequence, layout.microbatch, limit_tokens
         )
-        evaluation = evaluate(
-            lambda some: self.model.score([self._inputs(batch) for batch in some]),
-            batches,
-            self.world,
-            part=self.mesh.data_index,
-            parts=layout.data,
-            at_once=layout.pipeline,  # so that the stages have something to do at the same time
-            counts_tokens=self.mesh.reads_first,
-        )
-        self.model.rest()
+        with self.sync.evaluating():
+            evaluation = evaluate(
+                lambda some: self.model.score([self._inputs(batch) for batch in some]),
+                batches,
+                self.world,
+                part=self.mesh.data_index,
+                parts=layout.data,
+                at_once=layout.pipeline,  # so that the stages have something to do at the same time
+                counts_tokens=self.mesh.reads_first,
+            )
+            self.model.rest()
         return evaluation
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint holds as tensors, by name; shards of this rank, of copies the first one's."""
-        return {name: tensor for name, tensor in self._everything().items() if _COPY not in name}
+        """Everything a checkpoint holds of this rank as tensors, by name; of second copies the first one's."""
+        return {name: tensor for name, tensor in self.sync.state(self._own()).items() if _COPY not in name}
+
+    def owned(self) -> dict[str, Tensor]:
+        """What of `state` is this rank's to write, because no copy of the model before it holds the same."""
+        state = self.state()
+        if self.mesh.is_first_copy:
+            return state
+        return {name: tensor for name, tensor in state.items() if name.startswith(OF_COPY)}
 
     def restore(self, folder: Path, step: int) -> None:
         """Continue from a checkpoint taken after `step` updates, on any layout."""
-        read_shards(self.state(), folder)
-        copies = {name: tensor for name, tensor in self._everything().items() if _COPY in name}
+        state = self.sync.loading(self._own(), folder, step)
+        read_shards({name: tensor for name, tensor in state.items() if _COPY not in name}, folder)
+        copies = {name: tensor for name, tensor in state.items() if _COPY in name}
         if copies:
             read_shards({name.replace(_COPY, ""): tensor for name, tensor in copies.items()}, folder)
-        self.optimizer.set_steps(step)
+        self.sync.loaded(state)
+        self.optimizer.set_steps(max(step - self.sync.delay, 0))
 
-    def _everything(self) -> dict[str, Tensor]:
+    def _own(self) -> dict[str, Tensor]:
         weights = {WEIGHTS + name: parameter.data for name, parameter in self.model.named_parameters()}
         copies = {WEIGHTS + _COPY + name: copy.data for name, copy in self.model.copies()}
         buffers = {WEIGHTS + name: buffer for name, buffer in self.model.named_buffers()}

@@ -28,21 +28,28 @@ class World:
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Of these ranks; None for all."""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def members(self) -> list[int]:
+        """The ranks by their number among all."""
+        return list(range(self.size)) if self.group is None else dist.get_process_group_ranks(self.group)
+
     def sum(self, *values: float) -> list[float]:
         """The sums of `values` over all ranks, in float64, equal on every rank."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
         return [float(value) for value in total.tolist()]
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 def is_rank() -> bool:

@@ -99,7 +99,9 @@ class Copies:
         if rank == self._world.rank:
             said = tensors[index][0].encode()[:_SENTENCE_BYTES]
             name[: len(said)] = torch.tensor(list(said), dtype=torch.uint8)
-        dist.broadcast(name, rank)
+        dist.broadcast(name, group=self._world.group, group_src=rank)
+        members = self._world.members
+        odd, holders = [members[rank] for rank in odd], [members[rank] for rank in holders]
         tensor = bytes(name.tolist()).rstrip(b"\0").decode()
         others = f" (and of {more} more tensors)" if more else ""
         if odd == holders:
@@ -119,7 +121,7 @@ class Copies:
         padded = own.new_zeros(max(lengths))
         padded[: len(own)] = own
         told = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(told, padded)
+        dist.all_gather(told, padded, group=self._world.group)
         return [row.tolist()[:length] for row, length in zip(told, lengths, strict=True)]
 
     def _in_own_place(self, value: int) -> list[int]:

@@ -50,7 +50,7 @@ def where_not_finite(named: Named, all_names: Sequence[str], world: World, loss:
     bad = [place for place, grad in found if not bool(torch.isfinite(grad).all())]
     first = torch.tensor(min(bad, default=len(all_names)), device=found[0][1].device)
     if world.size > 1:
-        dist.all_reduce(first, op=dist.ReduceOp.MIN)
+        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=world.group)
     holders, origins = _who(int(first) in bad, world), _who(not math.isfinite(loss), world)
     came = f", and the loss on {origins}" if origins else ""
     if not holders:
@@ -61,7 +61,7 @@ def where_not_finite(named: Named, all_names: Sequence[str], world: World, loss:
 def _who(own: bool, world: World) -> str:
     """The ranks on which something is so."""
     found = world.sum(*(own and rank == world.rank for rank in range(world.size)))
-    ranks = [str(rank) for rank, is_so in enumerate(found) if is_so]
+    ranks = [str(world.members[rank]) for rank, is_so in enumerate(found) if is_so]
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(ranks) if ranks else ""
 
 

@@ -41,9 +41,10 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
 
     while step < plan.steps:
         batches = microbatches(sampler, plan, trainee.mesh.data_index, trainee.guard.batch_of(step))
-        # One small exchange a step: the size of the global batch, what the first rank's clock says is due,
-        # how saving goes, and whether any rank was asked to stop.
-        tokens, evaluate_now, stop_now, *save_votes = world.sum(
+        # One small exchange a step: the size of the batch, what the first rank's clock says is due, whether any
+        # rank was asked to stop, and how saving goes.
+        tokens, evaluate_now, stop_now, *save_votes = trainee.sync.agree(
+            step,
             trainee.mesh.reads_first and sum(batch.valid_tokens for batch in batches),
             world.is_first and evaluation_due.rings(step + 1),
             lifeline.asked,
@@ -59,7 +60,7 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
             continue
         step += 1
         lifeline.reached(step)
-        report.step(step, update)
+        report.step(step, trainee.sync.after_step(step, update))
         if meter is not None:
             report.traffic(meter.traffic)
         if stop_now:
@@ -73,6 +74,7 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
         if step % 100 == 0:
             gc.collect(1)
 
+    trainee.sync.finish(step)
     saver.finish(step)
     if plan.corpus.held_out:
         last_evaluation = trainee.evaluate(plan.corpus)

@@ -29,6 +29,8 @@ def recover(
     Rewinding withdraws all batches since the checkpoint, as was done for PaLM's spikes (Chowdhery et al.
     2022): the same batches would lead the same parameters to the same place.
     """
+    if plan.run.train.sync is not None:
+        raise bad  # what the other copies met, or whose gradients are under way, this one does not know
     guard = trainee.guard
     batch = guard.batch_of(step)
     action = guard.act(step, bad.kind)

@@ -142,7 +142,12 @@ class Saver:
         self._score = step, evaluation.loss
 
     def after(self, step: int, votes: Sequence[float]) -> None:
-        """With the sums of all ranks' votes after `step`: finish what can be, and begin what is due."""
+        """With the sums of all ranks' votes after `step`: finish what can be, and begin what is due.
+
+        There are none while copies train apart (`sync.py`): then nothing is done.
+        """
+        if not votes:
+            return
         due, busy, failed = votes
         if self._writing is not None and not busy:
             self._settle(bool(failed))
@@ -204,7 +209,8 @@ class Saver:
         if any(self._world.sum(refusal is not None)):
             return
         state, rank, partial = self._state(), self._world.rank, shelf.partial_of(self._shelf, step)
-        if (snapshot := self._snapshot) is not None:
+        if self._snapshot is not None:
+            snapshot = self._snapshot = self._snapshot.fitted(state)
             snapshot.take(state, step)
             self._work.start(lambda: write_file(snapshot.pieces(), self._state_bytes, partial, rank))
         else:
@@ -306,7 +312,7 @@ class Saver:
         return self._score[1] if self._score is not None and self._score[0] == step else None
 
     def _state(self) -> dict[str, torch.Tensor]:
-        return self._trainee.state() if self._trainee.mesh.is_first_copy else {}
+        return self._trainee.owned()
 
     def _stage(self) -> Snapshot | None:
         """Memory for the copies, or None where it is wanting: then saves are written straight from the state."""

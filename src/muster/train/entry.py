@@ -50,9 +50,10 @@ def claim(plan: Plan) -> None:
         "identity": identity(run),
         "base": str(plan.base.resolve()),
         "steps": plan.steps,
-        "files": {
+        "files": {  # and none that another node is just writing
             f"tokenizer/{path.name}": sum_file(path).sha256
             for path in sorted((folder / "tokenizer").iterdir())
+            if path.suffix in (".json", ".jinja")
         },
     }
     draft = folder / f"run.json.{secrets.token_hex(4)}.partial"  # agents of several nodes may write at once

@@ -50,7 +50,8 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
             lifeline.asked,
             *saver.votes(step),
         )
-        saver.after(step, save_votes)
+        if not stop_now:  # else the save after this step is the one that counts, and time is short
+            saver.after(step, save_votes)
         # The second step is like all that follow; in the first, much is done once.
         meter = Meter(trainee.mesh.groups) if step == begun + 1 and world.size > 1 else None
         try:

@@ -65,7 +65,7 @@ def test_every_problem_at_once_sorted_by_line(problems) -> None:
         "run.yaml:11: layout.shrd: unknown key - did you mean 'shard'?",
         "run.yaml:11: layout.zero: should be 0, 1, 2 or 3 (got 7)",
         "run.yaml:12: distill: not in this version of muster: remove it",
-        "run.yaml:13: foo: unknown key - known here: name, model, data, train, layout, checkpoint, export, serve, track",
+        "run.yaml:13: foo: unknown key - known here: name, model, data, train, layout, checkpoint, faults, export, serve, track",
     ]
 
 

@@ -27,8 +27,8 @@ def train(run_file: Path, *overrides: str, runs: Path = Path("runs")) -> None:
         from muster.resilience.agent import reported
         from muster.train.entry import run_rank
 
-        with reported():
-            run_rank(run, base=run_file.parent, folder=folder)
+        with reported() as beat:
+            run_rank(run, base=run_file.parent, folder=folder, beat=beat)
         return
 
     from muster.observe.progress import ByteProgress
@@ -39,4 +39,5 @@ def train(run_file: Path, *overrides: str, runs: Path = Path("runs")) -> None:
     for line in entry.describe(plan):
         sys.stdout.write(line + "\n")
     sys.stdout.flush()
-    start_ranks(["train", str(run_file), *overrides, "--runs", str(runs)], plan.layout.world, folder / "logs")
+    arguments = ["train", str(run_file), *overrides, "--runs", str(runs)]
+    start_ranks(arguments, plan.layout.world, folder, hang_after_s=run.faults.hang_after)

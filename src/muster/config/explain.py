@@ -13,7 +13,7 @@ from muster.config.outline import help_of, homes_of, keys_of, sections_of
 from muster.config.schema import Run
 
 _LATER: dict[KeyPath, frozenset[str]] = {
-    (): frozenset({"distill", "quantize", "faults", "swarm", "plan", "observe", "launch"}),
+    (): frozenset({"distill", "quantize", "swarm", "plan", "observe", "launch"}),
     ("checkpoint",): frozenset({"async", "replicas"}),
     ("export",): frozenset({"to"}),
     ("serve",): frozenset({"queue_tokens", "keys"}),

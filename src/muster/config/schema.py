@@ -267,6 +267,15 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class Faults:
+    """What is done when something goes wrong."""
+
+    hang_after: Seconds = 60.0
+    """When no rank has made any progress for this long, the run hangs: the culprit is named in hang-NNNN.md and the
+    ranks are ended. More than the longest pass of a microbatch takes; setting up and saving may take ten times this."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Parity:
     """How far an export's numbers may be from ours."""
 
@@ -313,6 +322,7 @@ class Run:
     ] = "auto"
     """auto, or the degrees: {shard: 2, tensor: 2, zero: 3, recompute: full, microbatch: 4}."""
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    faults: Faults = Field(default_factory=Faults)
     export: Export = Field(default_factory=Export)
     serve: Serve = Field(default_factory=Serve)
     track: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)

@@ -18,6 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from muster.errors import MusterError, TrainingError
+from muster.resilience.beats import Beat
+from muster.resilience.watchdog import Watchdog
+from muster.resilience.watched import Watched
 
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _PR_SET_PDEATHSIG = 1
@@ -31,10 +34,10 @@ class RankFailed(MusterError):
         self.exit_code = exit_code
 
 
-def start_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> None:
-    """Run `python -m muster *arguments` as `ranks` processes and wait; RankFailed with the first failure.
+def start_ranks(arguments: Sequence[str], ranks: int, folder: Path, *, hang_after_s: float) -> None:
+    """Run `python -m muster *arguments` as `ranks` processes and wait; RankFailed with the failure behind the others.
 
-    Each rank gets its share of the machine's cores as threads unless OMP_NUM_THREADS is set.
+    `folder` is the run's. Each rank gets its share of the machine's cores as threads unless OMP_NUM_THREADS is set.
     """
     import torch.distributed.launcher.api as launcher
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
@@ -43,7 +46,10 @@ def start_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> None:
 
     os.environ["MUSTER_AGENT"] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", _threads(ranks))
+    logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    watchdog = Watchdog(folder, ranks, hang_after_s=hang_after_s)
+    os.environ |= watchdog.environment
     quiet = dict.fromkeys(range(1, ranks), Std.ALL)
     config = launcher.LaunchConfig(
         min_nodes=1,
@@ -58,9 +64,13 @@ def start_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> None:
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=quiet),
     )
     try:
-        launcher.elastic_launch(config, entrypoint=sys.executable)("-m", "muster", *arguments)
+        with watchdog:
+            launcher.elastic_launch(config, entrypoint=sys.executable)("-m", "muster", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        verdict = watchdog.conclude({rank: failed.exitcode for rank, failed in error.failures.items()})
+        if verdict is not None:
+            raise RankFailed(f"{verdict.sentence}", verdict.exit_code) from None
         raise _explain(rank, failure.exitcode, Path(failure.error_file), logs) from None
     except SignalException as received:
         raise RankFailed(
@@ -69,15 +79,17 @@ def start_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> None:
 
 
 @contextlib.contextmanager
-def reported() -> Iterator[None]:
+def reported() -> Iterator[Beat]:
     """The body of a rank. Does not return: ends the process with 0, or with the error's code and a note for the agent.
 
     The process ends without the interpreter's tear-down: threads of the process group that still run then
     abort it now and then (seen once in some twenty runs), and after a failure the others may be stuck in a collective.
     """
     _die_with_agent()
+    me = Watched()
     try:
-        yield
+        with me.beat.counting_waits():
+            yield me.beat
     except Exception as error:
         target = os.environ.get(_ERROR_FILE)
         if target is None:
@@ -86,7 +98,9 @@ def reported() -> Iterator[None]:
         message = str(error) if known else "".join(traceback.format_exception(error))
         exit_code = error.exit_code if isinstance(error, MusterError) else 1
         Path(target).write_text(json.dumps({"message": message, "exit_code": exit_code}))
+        me.failed(message, exit_code)
         _leave(exit_code)
+    me.beat.enter("done")
     _leave(0)
 
 

@@ -201,7 +201,7 @@ class Beat:
                 row[_WAIT_SINCE] = 0
                 row[_WAITS] += 1
 
-        dist.Work.wait = wait  # type: ignore[method-assign]
+        dist.Work.wait = wait  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

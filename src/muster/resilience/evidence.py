@@ -16,6 +16,7 @@ _FOLLOWS = re.compile(
 )
 _SAME_SHAPES = {"all_reduce", "all_gather", "broadcast", "reduce", "reduce_scatter"}
 """Collectives in which every member gives a tensor of the same shape."""
+_FOREIGN = re.compile(r"site-packages|/lib/python3|/resilience/beats\.py|<frozen|<string>")
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$')
 
 
@@ -106,7 +107,7 @@ class Witness:
 def location(stack: str) -> str:
     """`file.py:12 in function` of the innermost frame outside torch and Python's library, in faulthandler's text."""
     frames = [found for line in main_thread(stack) if (found := _FRAME.match(line))]
-    own = [f for f in frames if not re.search(r"site-packages|/lib/python3|<frozen|<string>", f["file"])]
+    own = [frame for frame in frames if not _FOREIGN.search(frame["file"])]
     for frame in own or frames:
         return f"{frame['file'].rsplit('/', 1)[-1]}:{frame['line']} in {frame['function']}"
     return ""

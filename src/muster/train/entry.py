@@ -15,6 +15,7 @@ from muster.errors import UsageError
 from muster.observe.format import count, size
 from muster.parallel.memory import estimate
 from muster.parallel.world import join
+from muster.resilience.beats import Beat
 from muster.train import plan as planning
 from muster.train.loop import train
 from muster.train.plan import Plan
@@ -97,11 +98,11 @@ def _memory(plan: Plan) -> str:
     )
 
 
-def run_rank(run: schema.Run, *, base: Path, folder: Path) -> None:
+def run_rank(run: schema.Run, *, base: Path, folder: Path, beat: Beat | None = None) -> None:
     """Join the other ranks and train."""
     with join() as world:
         plan = planning.make(run, base=base, folder=folder, gpus=torch.cuda.device_count(), ranks=world.size)
         if world.is_first:
             claim(plan)  # nobody has, under `torchrun`
         with Report(plan, world) as report:
-            train(plan, world, report)
+            train(plan, world, report, beat)

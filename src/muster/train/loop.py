@@ -12,6 +12,7 @@ from muster.comm.meter import Meter
 from muster.data.packing import Batch
 from muster.data.sampler import Sampler
 from muster.parallel.world import World
+from muster.resilience.beats import Beat
 from muster.train import saves
 from muster.train.clock import Alarm
 from muster.train.evaluate import Evaluation
@@ -20,9 +21,9 @@ from muster.train.report import Report
 from muster.train.trainee import Trainee
 
 
-def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
+def train(plan: Plan, world: World, report: Report, beat: Beat | None = None) -> Evaluation | None:
     """Train to the end of the run, resuming where a sound checkpoint says; the last evaluation is returned."""
-    trainee = Trainee(plan, world)
+    trainee = Trainee(plan, world, beat)
     begun = step = saves.resume(trainee, plan, world, report)
     report.begin(step)
     sampler = Sampler(plan.corpus, plan.sequence, plan.run.train.seed)
@@ -33,7 +34,9 @@ def train(plan: Plan, world: World, report: Report) -> Evaluation | None:
     gc.disable()  # a collection in the middle of one rank's step would make every other rank wait
 
     while step < plan.steps:
+        trainee.beat.step(step + 1)
         batches = microbatches(sampler, plan, trainee.mesh.data_index, step)
+        trainee.beat.enter("exchange")
         # One small exchange a step: the size of the global batch, and what the first rank's clock says is due.
         tokens, evaluate_now, save_now = world.sum(
             trainee.mesh.reads_first and sum(batch.valid_tokens for batch in batches),

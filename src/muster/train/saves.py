@@ -48,6 +48,7 @@ def resume(trainee: Trainee, plan: Plan, world: World, report: Report) -> int:
 def save(trainee: Trainee, plan: Plan, world: World, report: Report, step: int) -> None:
     """Write a checkpoint after `step` updates; it is complete when this returns on the first rank."""
     started = time.perf_counter()
+    trainee.beat.enter("save")
     folder = shelf_of(plan)
     partial = shelf.partial_of(folder, step)
     if world.is_first:

@@ -25,6 +25,7 @@ from muster.parallel.inputs import Inputs
 from muster.parallel.mesh import Mesh
 from muster.parallel.model import ParallelModel
 from muster.parallel.world import World
+from muster.resilience.beats import Beat
 from muster.train import gradients
 from muster.train.evaluate import Evaluation, evaluate
 from muster.train.forward import to_inputs
@@ -60,8 +61,9 @@ class Update:
 
 
 class Trainee:
-    def __init__(self, plan: Training, world: World) -> None:
+    def __init__(self, plan: Training, world: World, beat: Beat | None = None) -> None:
         self.plan, self.world = plan, world
+        self.beat = beat or Beat()
         self.mesh = Mesh(plan.layout, world.device)
         self.balance = balance_from_config(plan.run.train.balance, plan.spec)
         self.model = ParallelModel(
@@ -70,6 +72,7 @@ class Trainee:
             sequence=plan.sequence,
             compute=COMPUTE_DTYPE[plan.run.train.precision],
             value=_first_values(plan),
+            on_pass=self.beat.enter,
         )
         copies = {_COPY + name: copy for name, copy in self.model.copies()}
         self.optimizer = make_optimizer(
@@ -91,6 +94,7 @@ class Trainee:
         coefficient = (self.balance.coefficient if self.balance else None) or 0.0
         with meter or contextlib.nullcontext():
             summed = self.model.train([self._inputs(batch) for batch in batches], 1 / tokens, coefficient)
+        self.beat.enter("optimizer")
         load = self.model.take_load()
         named = self.model.named_parameters()
         total, square = self.world.sum(float(summed), gradients.squared_norm(named, self.mesh.copies_apart))
@@ -119,7 +123,7 @@ class Trainee:
             corpus.held_out, corpus.tokenizer, self.plan.sequence, layout.microbatch, limit_tokens
         )
         evaluation = evaluate(
-            lambda some: self.model.score([self._inputs(batch) for batch in some]),
+            self._score,
             batches,
             self.world,
             part=self.mesh.data_index,
@@ -129,6 +133,10 @@ class Trainee:
         )
         self.model.rest()
         return evaluation
+
+    def _score(self, batches: Sequence[Batch]) -> Tensor:
+        self.beat.enter("evaluate")
+        return self.model.score([self._inputs(batch) for batch in batches])
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds as tensors, by name; shards of this rank, of copies the first one's."""

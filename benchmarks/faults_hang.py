@@ -56,6 +56,7 @@ class Trial:
     seconds: float
     """From the fault to the verdict."""
     report: Path | None
+    noted: list[str]
 
     @property
     def named(self) -> bool:
@@ -66,7 +67,14 @@ def trial(fault: Fault, *, ranks: int, folder: Path, hang_after_s: float, timeou
     """Start ranks of which one has a fault; what the watchdog says. Leaves no process behind."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "torch._dynamo", "muster.resilience.watched"])
-    watchdog = Watchdog(folder, ranks, hang_after_s=hang_after_s)
+    noted: list[str] = []
+    watchdog = Watchdog(
+        folder,
+        ranks,
+        hang_after_s=hang_after_s,
+        peers=[range(ranks)],
+        note=lambda _, sentence: noted.append(sentence),
+    )
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     started = folder / "fault-time"
     with watchdog:
@@ -94,7 +102,7 @@ def trial(fault: Fault, *, ranks: int, folder: Path, hang_after_s: float, timeou
             process.kill()
             process.join()
     since = float(started.read_text()) if started.exists() else ended
-    return Trial(fault=fault, verdict=verdict, seconds=ended - since, report=watchdog.report)
+    return Trial(fault=fault, verdict=verdict, seconds=ended - since, report=watchdog.report, noted=noted)
 
 
 def rank_with_fault(
@@ -113,9 +121,10 @@ def rank_with_fault(
     with watched() as me:
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout_s))
         try:
-            for step in range(1, fault.step + 20):
-                here = fault if rank == fault.rank and step == fault.step else None
-                if here is not None:
+            for step in range(1, fault.step + 25):
+                lasts = fault.kind == "slow" and step > fault.step
+                here = fault if rank == fault.rank and (step == fault.step or lasts) else None
+                if here is not None and not lasts:
                     started.write_text(str(time.time()))
                 one_step(me.beat, step, here)
         except Exception as error:
@@ -166,6 +175,7 @@ def one_step(beat, step: int, fault: Fault | None) -> None:  # type: ignore[no-u
     for place, size in enumerate((4000, 4000, 1000), start=2):
         collective(place, size)
     beat.enter("optimizer")
+    time.sleep(0.02 if kind == "slow" else 0.008)
     while kind == "spin":
         pass
 

@@ -64,9 +64,12 @@ def test_the_culprit_is_named_last(number: int, sent: signal.Signals, said: str,
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 1
     last = errors.strip().splitlines()[-1]
-    assert last.startswith("muster: ") and said in last and " of step " in last, last
+    assert last.startswith("muster: ")
+    assert said in last, last
+    assert " of step " in last, last
     reports = list((tmp_path / "runs" / "run").glob("hang-*.md"))
     assert len(reports) == (sent == signal.SIGSTOP)
     for report in reports:
         text = report.read_text()
-        assert f"| {number} (culprit) |" in text and "all_gather" in text and "loop.py" in text, text
+        for words in (f"| {number} (culprit) |", "all_gather", "loop.py"):
+            assert words in text, text

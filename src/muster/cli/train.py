@@ -40,4 +40,4 @@ def train(run_file: Path, *overrides: str, runs: Path = Path("runs")) -> None:
         sys.stdout.write(line + "\n")
     sys.stdout.flush()
     arguments = ["train", str(run_file), *overrides, "--runs", str(runs)]
-    start_ranks(arguments, plan.layout.world, folder, hang_after_s=run.faults.hang_after)
+    start_ranks(arguments, plan.layout.world, folder, entry.watchdog(plan))

@@ -34,8 +34,8 @@ class RankFailed(MusterError):
         self.exit_code = exit_code
 
 
-def start_ranks(arguments: Sequence[str], ranks: int, folder: Path, *, hang_after_s: float) -> None:
-    """Run `python -m muster *arguments` as `ranks` processes and wait; RankFailed with the failure behind the others.
+def start_ranks(arguments: Sequence[str], ranks: int, folder: Path, watchdog: Watchdog) -> None:
+    """Run `python -m muster *arguments` as `ranks` processes and wait; RankFailed with the watchdog's verdict.
 
     `folder` is the run's. Each rank gets its share of the machine's cores as threads unless OMP_NUM_THREADS is set.
     """
@@ -48,7 +48,6 @@ def start_ranks(arguments: Sequence[str], ranks: int, folder: Path, *, hang_afte
     os.environ.setdefault("OMP_NUM_THREADS", _threads(ranks))
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    watchdog = Watchdog(folder, ranks, hang_after_s=hang_after_s)
     os.environ |= watchdog.environment
     quiet = dict.fromkeys(range(1, ranks), Std.ALL)
     config = launcher.LaunchConfig(

@@ -79,10 +79,11 @@ def _failed(witnesses: Sequence[Witness]) -> Verdict | None:
         return None
     first = own[0]
     assert first.failure is not None
+    who, message = f"rank {first.rank}", first.failure.message.strip()
     return Verdict(
         ranks=tuple(w.rank for w in own),
         cause="failed",
-        sentence=f"rank {first.rank}: {first.failure.message.strip()}",
+        sentence=message if message.startswith(who) else f"{who}: {message}",
         exit_code=first.failure.exit_code or 1,
     )
 

@@ -14,14 +14,17 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from muster.errors import DoesNotFit
 from muster.resilience import hang_report
 from muster.resilience.beats import Board, Phase, Pulse
 from muster.resilience.evidence import Collective, Failure, Witness, parse_recorder
+from muster.resilience.oom import oom_kills, resident_bytes
+from muster.resilience.slow import SlowRanks
 from muster.resilience.verdict import Verdict, judge
 from muster.resilience.watched import BEATS, CRASH, FAILURE, POST, RECORDER, STACK
 
@@ -29,6 +32,7 @@ _POLL_S = 0.1
 _SETTLE_S = 1.0
 """How long the first rank's failure waits for those of others, one of which may be its cause."""
 _ANSWER_S = 2.0
+_LOOK_S = 0.5
 _PATIENCE: Mapping[Phase, float] = {"setup": 10.0, "save": 10.0}
 """Multiples of hang_after for what reads or writes a whole checkpoint without a beat."""
 
@@ -42,11 +46,19 @@ class Watchdog:
         ranks: int,
         *,
         hang_after_s: float,
-        on_pulse: Callable[[Board, list[Pulse]], None] | None = None,
+        peers: Sequence[Sequence[int]] = (),
+        note: Callable[[str, str], None] | None = None,
+        out_of_memory: Callable[[int, int], str] | None = None,
     ) -> None:
-        """`folder` is the run's, for reports. `on_pulse` is called at every poll, with all ranks' beats."""
+        """`folder` is the run's, for reports. `peers` are the sets of ranks that have equal work: when one of them
+        becomes slow, `note` is called with an event's kind and a sentence. `out_of_memory` explains, by a rank's number
+        and the bytes that it held, why the kernel ended it."""
         self._folder, self._ranks, self._hang_after_s = folder, ranks, hang_after_s
-        self._on_pulse = on_pulse
+        self._note, self._out_of_memory = note, out_of_memory
+        self._slow = SlowRanks(peers)
+        self._oom_kills = oom_kills()
+        self._resident: dict[int, int] = {}
+        self._looked = 0.0
         self._post = (folder / "logs" / "watch").resolve()
         shutil.rmtree(self._post, ignore_errors=True)
         self._post.mkdir(parents=True)
@@ -54,7 +66,6 @@ class Watchdog:
         self._marks: tuple[tuple[int, ...], ...] = ()
         self._since = time.monotonic()
         self._failing_since: float | None = None
-        self._last_pulses: dict[int, Pulse] = {}
         self._end = threading.Event()
         self.verdict: Verdict | None = None
         """On the ranks that run now or ran last; None while all is well."""
@@ -85,7 +96,7 @@ class Watchdog:
                 for w in self._witnesses(self._board.read(), request=None)
             ]
             if any(w.failure for w in witnesses):
-                self.verdict = judge(witnesses)
+                self.verdict = self._with_memory(judge(witnesses), exit_codes)
         return self.verdict
 
     def restart(self) -> None:
@@ -101,9 +112,10 @@ class Watchdog:
         pulses = self._board.read()
         if self.verdict is not None or not pulses:
             return
-        if self._on_pulse is not None:
-            self._on_pulse(self._board, pulses)
         now = time.monotonic()
+        if now - self._looked >= _LOOK_S:
+            self._looked = now
+            self._look(pulses)
         failing = [p for p in pulses if p.phase == "failed" or self._crashed(p.rank)]
         if failing and any(p.phase != "done" and process_state(p.pid) in ("", "Z") for p in pulses):
             return  # one was killed: the agent, its parent, is told how, and concludes
@@ -118,6 +130,26 @@ class Watchdog:
         patience = max(_PATIENCE.get(pulse.phase, 1.0) for pulse in pulses)
         if len(pulses) == self._ranks and now - self._since >= self._hang_after_s * patience:
             self._find(is_hang=True)
+
+    def _look(self, pulses: list[Pulse]) -> None:
+        """What need not be known at once: who is slow, and how much each holds."""
+        for pulse in pulses:
+            held = resident_bytes(pulse.pid)
+            self._resident[pulse.rank] = held or self._resident.get(pulse.rank, 0)
+            for slow in self._slow.feed(pulse.rank, self._board.times(pulse.rank)):
+                if self._note is not None:
+                    self._note("slow-rank", str(slow))
+
+    def _with_memory(self, verdict: Verdict, exit_codes: Mapping[int, int]) -> Verdict:
+        """The same verdict, or that the kernel ended the rank because memory ran out."""
+        killed = [rank for rank in verdict.ranks if exit_codes.get(rank) == -signal.SIGKILL]
+        if not killed or oom_kills() <= self._oom_kills:
+            return verdict
+        sentence = f"{verdict.sentence}, by the kernel, because memory ran out"
+        if self._out_of_memory is not None:
+            explanation = self._out_of_memory(killed[0], self._resident.get(killed[0], 0))
+            sentence = f"{sentence}: {explanation}"
+        return replace(verdict, sentence=sentence, exit_code=DoesNotFit.exit_code)
 
     def _watch(self) -> None:
         while not self._end.wait(_POLL_S):

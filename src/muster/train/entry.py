@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -13,9 +14,12 @@ from muster.config.digest import differences, digest, identity
 from muster.data.progress import Progress
 from muster.errors import UsageError
 from muster.observe.format import count, size
+from muster.observe.records import RunLog
 from muster.parallel.memory import estimate
 from muster.parallel.world import join
 from muster.resilience.beats import Beat
+from muster.resilience.watchdog import Watchdog
+from muster.train import oom
 from muster.train import plan as planning
 from muster.train.loop import train
 from muster.train.plan import Plan
@@ -95,6 +99,30 @@ def _memory(plan: Plan) -> str:
     return (
         f"{size(most.total_bytes)} of tensors on a rank at its peak: parameters {size(most.parameters_bytes)}, "
         f"optimizer {size(most.optimizer_bytes)}, activations {size(most.activations_bytes)}, and buffers"
+    )
+
+
+def watchdog(plan: Plan) -> Watchdog:
+    """The agent's, which notes in the run's events what it sees."""
+    layout = plan.layout
+    of_stage = layout.world // layout.pipeline
+    log = RunLog(plan.folder)
+
+    def note(kind: str, sentence: str) -> None:
+        log.event(kind, message=sentence)
+        sys.stdout.write(sentence + "\n")
+        sys.stdout.flush()
+
+    def out_of_memory(rank: int, held_bytes: int) -> str:
+        return oom.report(plan, rank=rank, on_gpu=False, total_bytes=held_bytes)
+
+    return Watchdog(
+        plan.folder,
+        layout.world,
+        hang_after_s=plan.run.faults.hang_after,
+        peers=[range(stage * of_stage, (stage + 1) * of_stage) for stage in range(layout.pipeline)],
+        note=note,
+        out_of_memory=out_of_memory,
     )
 
 

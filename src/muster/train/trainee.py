@@ -29,6 +29,7 @@ from muster.resilience.beats import Beat
 from muster.train import gradients
 from muster.train.evaluate import Evaluation, evaluate
 from muster.train.forward import to_inputs
+from muster.train.oom import explained
 from muster.train.optimizer import make_optimizer
 from muster.train.plan import Training
 from muster.train.schedule import learning_rate
@@ -61,6 +62,7 @@ class Update:
 
 
 class Trainee:
+    @explained
     def __init__(self, plan: Training, world: World, beat: Beat | None = None) -> None:
         self.plan, self.world = plan, world
         self.beat = beat or Beat()
@@ -82,6 +84,7 @@ class Trainee:
             scratch=plan.folder if plan.layout.offload == "disk" else None,
         )
 
+    @explained
     def update(
         self, step: int, batches: Sequence[Batch], tokens: int, *, meter: Meter | None = None
     ) -> Update:
@@ -116,6 +119,7 @@ class Trainee:
             loss=total / tokens, gradient_norm=norm, learning_rate=lr, tokens=tokens, expert_load=load
         )
 
+    @explained
     def evaluate(self, corpus: Corpus, limit_tokens: int | None = None) -> Evaluation:
         """Score the held-out documents of a corpus, or their first `limit_tokens`."""
         layout = self.plan.layout

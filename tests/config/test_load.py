@@ -123,7 +123,7 @@ def test_one_fault_is_one_sentence(problems, old: str, new: str, said: str) -> N
         ("layout: {zero: 0, shard: 2}", "layout: zero: 0 shards nothing, so write replicate: 2 instead of shard"),
         ("layout: {virtual: 2}", "layout: virtual belong to a pipeline: set pipeline to 2 or more, or leave them out"),
         ("layout: {pipeline: 2, zero: 3}", "layout: zero: 3 would gather or reduce for each of a pipeline's microbatches: use zero: 1"),
-        ("faults: {on_nan: rewind}", "faults: not in this version of muster: remove it"),
+        ("faults: {hang_after: 0s}", "faults.hang_after: should be more than 0 (got '0s')"),
         ("track: wandb", "track: should be a list, such as [a, b] (got 'wandb')"),
         ("track: [tensorbord]", "track.0: should be tensorboard or wandb (got 'tensorbord') - did you mean 'tensorboard'?"),
         ("checkpoint: {every: 3}", "checkpoint.every: should say its unit: for example 2m, 30s or 100 steps (got 3)"),

@@ -146,6 +146,12 @@ def test_messages_of_a_pipeline_leave_no_trace_but_the_one_that_does_not_wait_do
     assert judge([waiting[0], busy(1, 1, collectives=(), phase="forward"), waiting[1]]).ranks == (1,)
 
 
+def test_ranks_of_other_nodes_are_not_known_here() -> None:
+    verdict = judge([rank(n, 12, ranks=4) for n in range(2)])
+    assert (verdict.ranks, verdict.cause) == ((), "elsewhere")
+    assert "ranks 0 and 1 wait in all_gather(500 float) #12, for ranks 2 and 3" in verdict.sentence
+
+
 def test_a_network_that_does_not_move_accuses_nobody() -> None:
     verdict = judge([rank(n, 12) for n in range(3)])
     assert (verdict.ranks, verdict.cause) == ((), "unknown")

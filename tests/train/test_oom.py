@@ -11,7 +11,7 @@ import pytest
 
 from tests.toy import tiny, train_here, write_corpus
 
-_ROOM_BYTES = 300 * 2**20
+_ROOM_BYTES = 600 * 2**20
 
 
 def train_with_a_limit(run: dict[str, Any], base: str, folder: str) -> tuple[str, int]:

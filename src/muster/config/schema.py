@@ -271,8 +271,9 @@ class Faults:
     """What is done when something goes wrong."""
 
     hang_after: Seconds = 60.0
-    """When no rank has made any progress for this long, the run hangs: the culprit is named in hang-NNNN.md and the
-    ranks are ended. More than the longest pass of a microbatch takes; setting up and saving may take ten times this."""
+    """When no rank has made any progress for this long, and for three times as long as ever before, the run hangs: the
+    culprit is named in hang-NNNN.md and the ranks are ended. Setting up, the first step and saving may take ten times
+    this. Progress is the pass of a microbatch, or an exchange between ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

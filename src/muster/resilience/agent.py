@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from muster.errors import MusterError, TrainingError
+from muster.errors import MusterError, Preempted, TrainingError
 from muster.resilience.beats import Beat
 from muster.resilience.watchdog import Watchdog
 from muster.resilience.watched import Watched
@@ -97,7 +97,8 @@ def reported() -> Iterator[Beat]:
         message = str(error) if known else "".join(traceback.format_exception(error))
         exit_code = error.exit_code if isinstance(error, MusterError) else 1
         Path(target).write_text(json.dumps({"message": message, "exit_code": exit_code}))
-        me.failed(message, exit_code)
+        if exit_code != Preempted.exit_code:
+            me.failed(message, exit_code)
         _leave(exit_code)
     me.beat.enter("done")
     _leave(0)

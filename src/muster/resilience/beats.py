@@ -100,12 +100,6 @@ class Board:
         """Let ranks that have failed end: what they know has been taken down."""
         self._words[_RELEASE] = 1
 
-    def clear(self) -> None:
-        """Forget the ranks, before new ones are started."""
-        for slot in range(self.ranks):
-            self._row(slot)[_PID] = 0
-        self._words[_RELEASE] = 0
-
     def close(self) -> None:
         os.close(self._file)
         if not self.path.startswith("/proc/"):

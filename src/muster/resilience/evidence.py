@@ -32,6 +32,7 @@ class Collective:
     shapes: tuple[tuple[int, ...], ...] = ()
     dtypes: tuple[str, ...] = ()
     done: bool = False
+    backend: str = "gloo"
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -126,6 +127,7 @@ def parse_recorder(text: str) -> tuple[Collective, ...]:
         Collective(
             group=str(entry["process_group"][0]),
             number=entry["collective_seq_id"],
+            backend=entry["profiling_name"].split(":", 1)[0],
             operation=entry["profiling_name"].rsplit(":", 1)[-1],
             shapes=tuple(tuple(shape) for shape in entry["input_sizes"]),
             dtypes=tuple(entry["input_dtypes"]),

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from muster.resilience.evidence import Collective, Witness
 
-Cause = Literal["failed", "killed", "stopped", "mismatch", "absent", "deadlock", "unknown"]
+Cause = Literal["failed", "killed", "stopped", "mismatch", "absent", "deadlock", "elsewhere", "unknown"]
 _LONGEST_PATTERN = 32
 
 
@@ -212,6 +212,14 @@ def _unknown(witnesses: Sequence[Witness]) -> Verdict:
         )
     edges = waits(witnesses)
     where = f"in {edges[0].collective} #{edges[0].collective.number}" if edges else "for messages"
+    known = {w.rank for w in witnesses}
+    remote = sorted({r for wait in edges for r in _members(witnesses, wait.collective.group)} - known)
+    if remote:
+        return Verdict(
+            ranks=(),
+            cause="elsewhere",
+            sentence=f"{_ranks(sorted(known))} wait {where}, for {_ranks(remote)} on other nodes",
+        )
     return Verdict(
         ranks=(),
         cause="unknown",

@@ -1,8 +1,8 @@
 """The agent's watchdog: sees that ranks make no progress or end, takes down what each knows, and says who did it.
 
 It reads heartbeats ten times a second, which costs the ranks nothing; only when something is wrong does it ask them.
-What it finds is a verdict, a `hang-0001.md` where they hung, and ranks that are ended, so that the agent can start
-them anew.
+What it finds is a verdict, a `hang-0001.md` where they hung, and ranks that are ended, so that the agent can start new
+ones, with a new watchdog.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ _ANSWER_S = 2.0
 _LOOK_S = 0.5
 _PATIENCE: Mapping[Phase, float] = {"setup": 10.0, "save": 10.0}
 """Multiples of hang_after for what reads or writes a whole checkpoint without a beat."""
+_FIRST_STEP_PATIENCE = 10.0
+"""The same for the first step of these ranks, in which much is made."""
+_USUAL = 3.0
+"""Multiple of the longest time without a beat that has passed well."""
 
 
 class Watchdog:
@@ -65,16 +69,18 @@ class Watchdog:
         self._board = Board(ranks)
         self._marks: tuple[tuple[int, ...], ...] = ()
         self._since = time.monotonic()
+        self._steady, self._usual_s = False, 0.0
+        self._first_steps: dict[int, int] = {}
         self._failing_since: float | None = None
         self._end = threading.Event()
         self.verdict: Verdict | None = None
-        """On the ranks that run now or ran last; None while all is well."""
+        """None while all is well."""
         self.report: Path | None = None
         """Where the verdict's report is, if it was a hang."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the ranks' environment must say. The recorder's size: of some hundreds of collectives, 5 ms to read."""
+        """What the ranks' environment must say. The recorder's size: some steps' collectives, in 10 ms to read."""
         recorder = os.environ.get("TORCH_FR_BUFFER_SIZE", "1024")
         return {BEATS: self._board.path, POST: str(self._post), "TORCH_FR_BUFFER_SIZE": recorder}
 
@@ -99,16 +105,8 @@ class Watchdog:
                 self.verdict = self._with_memory(judge(witnesses), exit_codes)
         return self.verdict
 
-    def restart(self) -> None:
-        """Forget ranks that have ended and the verdict on them: new ones are about to be started."""
-        self._board.clear()
-        for file in self._post.iterdir():
-            file.unlink(missing_ok=True)
-        self.verdict = self.report = self._failing_since = None
-        self._marks, self._since = (), time.monotonic()
-
     def poll(self) -> None:
-        """Look once; a verdict is found at most once until `restart`."""
+        """Look once; a verdict is found at most once."""
         pulses = self._board.read()
         if self.verdict is not None or not pulses:
             return
@@ -124,12 +122,22 @@ class Watchdog:
             if len(failing) == len(pulses) or now - self._failing_since >= _SETTLE_S:
                 self._find(is_hang=False)
             return
+        patience = max(self._patience(pulse) for pulse in pulses)
         marks = tuple(pulse.mark for pulse in pulses)
         if marks != self._marks:
-            self._marks, self._since = marks, now
-        patience = max(_PATIENCE.get(pulse.phase, 1.0) for pulse in pulses)
-        if len(pulses) == self._ranks and now - self._since >= self._hang_after_s * patience:
+            if self._steady and patience == 1:
+                self._usual_s = max(self._usual_s, now - self._since)
+            self._marks, self._since, self._steady = marks, now, patience == 1
+        limit_s = max(self._hang_after_s * patience, _USUAL * self._usual_s)
+        if len(pulses) == self._ranks and now - self._since >= limit_s:
             self._find(is_hang=True)
+
+    def _patience(self, pulse: Pulse) -> float:
+        if pulse.phase in _PATIENCE:
+            return _PATIENCE[pulse.phase]
+        self._first_steps.setdefault(pulse.pid, pulse.step)
+        first = pulse.step == self._first_steps[pulse.pid] and pulse.phase != "done"
+        return _FIRST_STEP_PATIENCE if first else 1.0
 
     def _look(self, pulses: list[Pulse]) -> None:
         """What need not be known at once: who is slow, and how much each holds."""
@@ -211,7 +219,7 @@ class Watchdog:
             step=pulse.step,
             phase=pulse.phase,
             in_phase_s=pulse.in_phase_s,
-            waiting=pulse.waiting_s is not None or bool(ended and ended.message and ended.follows),
+            waiting=pulse.waiting_s is not None or _on_gpu(collectives) or bool(ended and ended.follows),
             process=process_state(pulse.pid),
             collectives=collectives,
             groups={name: tuple(ranks) for name, ranks in said.get("groups", {}).items()},
@@ -256,6 +264,12 @@ def _ended(failure: Failure | None, exit_code: int | None) -> Failure | None:
     return Failure(exit_code=exit_code, crash=failure.crash if failure else "")
 
 
+def _on_gpu(collectives: tuple[Collective, ...] | None) -> bool:
+    """Whether a rank waits though its heartbeat cannot tell: in a collective that its GPU has begun and not ended."""
+    return any(call.backend == "nccl" and not call.done for call in collectives or ())
+
+
 def _end(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+    if process_state(pid) not in ("", "Z"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -47,6 +47,8 @@ class Fault:
     step: int
     place: int
     """Which of a step's collectives."""
+    direct: bool = True
+    """The gathers go from rank to rank, as those of training do, and not through gloo's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +128,7 @@ def rank_with_fault(
                 here = fault if rank == fault.rank and (step == fault.step or lasts) else None
                 if here is not None and not lasts:
                     started.write_text(str(time.time()))
-                one_step(me.beat, step, here)
+                one_step(me.beat, step, here, direct=fault.direct)
         except Exception as error:
             dist.destroy_process_group()  # as training does: the others lose their connection before they are told
             me.failed(f"{type(error).__name__}: {error}", 1)
@@ -134,9 +136,11 @@ def rank_with_fault(
     os._exit(0)
 
 
-def one_step(beat, step: int, fault: Fault | None) -> None:  # type: ignore[no-untyped-def]
+def one_step(beat, step: int, fault: Fault | None, *, direct: bool) -> None:  # type: ignore[no-untyped-def]
     import torch
     import torch.distributed as dist
+
+    from muster.comm.collectives import all_gather
 
     kind = fault.kind if fault else ""
     world = dist.get_world_size()
@@ -160,6 +164,8 @@ def one_step(beat, step: int, fault: Fault | None) -> None:  # type: ignore[no-u
         x = torch.ones(size)
         if operation == "all_reduce":
             dist.all_reduce(x)
+        elif direct:
+            all_gather(torch.empty(world * size), x, group=dist.group.WORLD)
         else:
             dist.all_gather([torch.empty(size) for _ in range(world)], x)
 
@@ -182,7 +188,11 @@ def one_step(beat, step: int, fault: Fault | None) -> None:  # type: ignore[no-u
 
 def draw(kind: str, ranks: int, chance: random.Random) -> Fault:
     return Fault(
-        kind=kind, rank=chance.randrange(ranks), step=chance.randrange(2, 30), place=chance.randrange(5)
+        kind=kind,
+        rank=chance.randrange(ranks),
+        step=chance.randrange(2, 30),
+        place=chance.randrange(5),
+        direct=chance.random() < 0.7,
     )
 
 

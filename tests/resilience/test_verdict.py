@@ -141,7 +141,39 @@ def test_two_groups_in_another_order() -> None:
     assert (verdict.ranks, verdict.cause) == ((0, 1), "deadlock")
 
 
-def test_messages_of_a_pipeline_leave_no_trace_but_the_one_that_does_not_wait_does() -> None:
+def mixed(me: int, peer: int, *, last: str) -> tuple[Collective, ...]:
+    """Steps of an all_reduce and a message each way, of which the last call is not done."""
+    found: list[Collective] = []
+    for step in range(1, 5):
+        kinds = ["sum", f"{me}>{peer}", f"{peer}>{me}"] if step < 4 else [last]
+        for kind in kinds:
+            is_sum = kind == "sum"
+            number = step if is_sum or kind != last else step - (last != "sum" and step == 4) + 1
+            found.append(
+                Collective(
+                    group=WORLD if is_sum else f"{WORLD}:{kind}",
+                    number=number,
+                    operation="all_reduce" if is_sum else "message",
+                    shapes=((3,) if is_sum else (500,),),
+                    dtypes=("float32",),
+                    done=step < 4,
+                    awaited=step == 4 and not is_sum,
+                    time_ns=len(found),
+                )
+            )
+    return tuple(found)
+
+
+def test_a_skipped_collective_before_messages() -> None:
+    """Rank 1 left out the sum and waits for rank 0's message, which waits in the sum for rank 1."""
+    first = rank(0, 1, ranks=2, collectives=mixed(0, 1, last="sum"))
+    second = rank(1, 1, ranks=2, collectives=mixed(1, 0, last="0>1"))
+    verdict = judge([first, second])
+    assert (verdict.ranks, verdict.cause) == ((1,), "mismatch")
+    assert "rank 1 in message(500 float32) from 0 to 1" in verdict.sentence
+
+
+def test_without_a_recorder_the_one_that_does_not_wait_is_named() -> None:
     waiting = [rank(n, 1, collectives=()) for n in (0, 2)]
     assert judge([waiting[0], busy(1, 1, collectives=(), phase="forward"), waiting[1]]).ranks == (1,)
 
@@ -185,8 +217,8 @@ def test_what_comes_next_is_what_came_before() -> None:
 
 def test_torchs_recorder_is_read() -> None:
     entry = (
-        '{"record_id": %d, "process_group": ["0", "default_pg"], "collective_seq_id": %d, "is_p2p": %s, '
-        '"profiling_name": "gloo:all_reduce", "input_sizes": [[2, 3]], "input_dtypes": ["Float"], "retired": %s}'
+        '{"time_created_ns": 5, "record_id": %d, "process_group": ["0", "default_pg"], "collective_seq_id": %d, '
+        '"is_p2p": %s, "profiling_name": "gloo:all_reduce", "input_sizes": [[2, 3]], "input_dtypes": ["Float"], "retired": %s}'
     )
     entries = [
         entry % (1, 2, "false", "false"),

@@ -87,7 +87,7 @@ def reported() -> Iterator[Beat]:
     _die_with_agent()
     me = Watched()
     try:
-        with me.beat.counting_waits():
+        with me.listening():
             yield me.beat
     except Exception as error:
         target = os.environ.get(_ERROR_FILE)

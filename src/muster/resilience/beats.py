@@ -7,16 +7,13 @@ TCP would cost a round trip each, and need a rank's thread that still runs.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 Phase = Literal[
     "setup", "data", "exchange", "forward", "backward", "optimizer", "evaluate", "save", "failed", "done"
@@ -173,30 +170,11 @@ class Beat:
     def released(self) -> bool:
         return bool(self._header[_RELEASE])
 
-    @contextlib.contextmanager
-    def counting_waits(self) -> Iterator[None]:
-        """While it lasts, what this thread waits for other ranks counts as waiting, not as the phase's own time.
+    def wait_begins(self, now_ns: int) -> None:
+        """It waits for other ranks, which is not the phase's own time."""
+        self._row[_WAIT_SINCE] = now_ns
 
-        Torch publishes no hook for it, so `Work.wait` is replaced, here alone: all collectives on the CPU pass it, also
-        those of FSDP2 and of pipelines. (NCCL's returns at once: on GPUs waiting is not told from computing.)
-        """
-        import torch.distributed as dist
-
-        honest, main, row = dist.Work.wait, threading.get_ident(), self._row
-
-        def wait(work: Any, *arguments: Any, **named: Any) -> Any:
-            if threading.get_ident() != main:
-                return honest(work, *arguments, **named)
-            row[_WAIT_SINCE] = began = time.monotonic_ns()
-            try:
-                return honest(work, *arguments, **named)
-            finally:
-                self._waited += time.monotonic_ns() - began
-                row[_WAIT_SINCE] = 0
-                row[_WAITS] += 1
-
-        dist.Work.wait = wait  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            dist.Work.wait = honest  # type: ignore[method-assign]
+    def wait_ends(self, waited_ns: int) -> None:
+        self._waited += waited_ns
+        self._row[_WAIT_SINCE] = 0
+        self._row[_WAITS] += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,9 @@ _FOLLOWS = re.compile(
     r"Connection (reset|closed|refused)|closed by peer|Broken pipe|Timed out waiting|Socket Timeout|"
     r"wait timeout after|recvBytes|sendBytes|Read error|Write error|NCCL communicator was aborted",
 )
-_SAME_SHAPES = {"all_reduce", "all_gather", "broadcast", "reduce", "reduce_scatter"}
+_SAME_SHAPES = {"message", "all_reduce", "all_gather", "broadcast", "reduce", "reduce_scatter"}
 """Collectives in which every member gives a tensor of the same shape."""
-_FOREIGN = re.compile(r"site-packages|/lib/python3|/resilience/beats\.py|<frozen|<string>")
+_FOREIGN = re.compile(r"site-packages|/lib/python3|/resilience/listening\.py|<frozen|<string>")
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$')
 
 
@@ -33,6 +33,10 @@ class Collective:
     dtypes: tuple[str, ...] = ()
     done: bool = False
     backend: str = "gloo"
+    time_ns: int = 0
+    """When it was begun, since the epoch."""
+    awaited: bool = False
+    """Whether the main thread is known to wait for this one."""
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -46,7 +50,10 @@ class Collective:
             f"{'x'.join(map(str, shape)) or 'scalar'} {dtype.lower()}"
             for shape, dtype in zip(self.shapes, self.dtypes, strict=False)
         )
-        return f"{self.operation}({tensors})"
+        ends = (
+            f" from {' to '.join(self.group.split(':')[1].split('>'))}" if self.operation == "message" else ""
+        )
+        return f"{self.operation}({tensors}){ends}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +90,7 @@ class Witness:
     process: str = "S"
     """The state of its process as Linux names it (`man proc`): R, S, D, T, t, Z; "" when it is gone."""
     collectives: tuple[Collective, ...] | None = None
-    """The recorder's tail, oldest first; None where the rank did not answer."""
+    """The recorder's tail, and messages, oldest first; None where the rank did not answer."""
     groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Members of the process groups that it knows, by name."""
     stack: str = ""
@@ -96,8 +103,10 @@ class Witness:
 
     @property
     def pending(self) -> Collective | None:
-        """The first collective that it has begun and not finished."""
-        return next((c for c in self.collectives or () if not c.done), None)
+        """What it waits for: a message, or the first collective that it has begun and not finished."""
+        calls = self.collectives or ()
+        awaited = next((c for c in calls if c.awaited), None)
+        return awaited or next((c for c in calls if not c.done and c.operation != "message"), None)
 
     @property
     def where(self) -> str:
@@ -120,6 +129,23 @@ def main_thread(stack: str) -> list[str]:
     return [line for line in heads[-1].splitlines() if line.startswith("  ")]
 
 
+def parse_messages(told: Sequence[Sequence[Any]]) -> tuple[Collective, ...]:
+    """What `Messages.told` wrote."""
+    return tuple(
+        Collective(
+            group=group,
+            number=number,
+            operation="message",
+            shapes=((elements,),),
+            dtypes=(dtype,),
+            done=done,
+            awaited=awaited,
+            time_ns=time_ns,
+        )
+        for group, number, time_ns, elements, dtype, done, awaited in told
+    )
+
+
 def parse_recorder(text: str) -> tuple[Collective, ...]:
     """The entries of the flight recorder's JSON, as torch 2.13 writes it, oldest first."""
     entries = sorted(json.loads(text).get("entries", []), key=lambda entry: entry["record_id"])
@@ -132,6 +158,7 @@ def parse_recorder(text: str) -> tuple[Collective, ...]:
             shapes=tuple(tuple(shape) for shape in entry["input_sizes"]),
             dtypes=tuple(entry["input_dtypes"]),
             done=bool(entry["retired"]),
+            time_ns=entry["time_created_ns"],
         )
         for entry in entries
         if not entry["is_p2p"]

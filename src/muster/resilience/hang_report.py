@@ -9,7 +9,7 @@ from pathlib import Path
 from muster.resilience.evidence import Witness, main_thread
 from muster.resilience.verdict import Verdict, waits
 
-_TAIL = 12
+_TAIL = 24
 
 
 def write(folder: Path, verdict: Verdict, witnesses: Sequence[Witness], *, stalled_s: float) -> Path:
@@ -66,4 +66,11 @@ def _tail(witness: Witness) -> list[str]:
         f"| {c.group} | {c.number} | {c} | {'done' if c.done else 'not done'} |"
         for c in witness.collectives[-_TAIL:]
     ]
-    return ["", "Last collectives:", "", "| group | # | call | |", "|---|---|---|---|", *rows]
+    return [
+        "",
+        "Last collectives, and messages between two ranks:",
+        "",
+        "| group | # | call | |",
+        "|---|---|---|---|",
+        *rows,
+    ]

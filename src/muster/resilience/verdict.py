@@ -174,18 +174,8 @@ def _absent(witnesses: Sequence[Witness]) -> Verdict | None:
     blocked = {wait.rank for wait in edges if wait.on}
     guilty = sorted(rank for rank in wanted if rank not in blocked)
     if not guilty and wanted:
-        ring = sorted(wanted & blocked)
-        said = "; ".join(
-            f"rank {w.rank} in {w.collective} #{w.collective.number} for {_numbers(w.on)}"
-            for w in edges
-            if w.on
-        )
-        return Verdict(
-            ranks=tuple(ring),
-            cause="deadlock",
-            sentence=f"ranks {_numbers(ring)} wait for each other: {said}",
-        )
-    if not guilty:  # messages between two ranks leave no trace in gloo's recorder
+        return _deadlocked([wait for wait in edges if wait.on], witnesses)
+    if not guilty:  # older versions of torch record nothing on gloo
         idle = [w for w in witnesses if not w.waiting and w.process not in ("", "Z")]
         guilty = [w.rank for w in idle] if len(idle) < len(witnesses) or len(witnesses) == 1 else []
     if not guilty:
@@ -199,6 +189,43 @@ def _absent(witnesses: Sequence[Witness]) -> Verdict | None:
         cause="absent",
         sentence=f"{_names([by_rank[rank] for rank in guilty], '')}{gone}{_waiting_for(guilty, witnesses)}",
     )
+
+
+def _deadlocked(edges: Sequence[Wait], witnesses: Sequence[Witness]) -> Verdict:
+    """Ranks that wait for each other, in calls that do not belong together.
+
+    The one to blame does what it has not done before at that place; else what most of the others do not do.
+    """
+    by_rank = {w.rank: w for w in witnesses}
+    ranks = sorted(wait.rank for wait in edges)
+    kinds = Counter(wait.collective.operation for wait in edges).most_common()
+    odd = [rank for rank in ranks if _unusual(by_rank[rank])]
+    if (not odd or len(odd) == len(ranks)) and len(kinds) > 1 and kinds[0][1] > kinds[1][1]:
+        odd = sorted(wait.rank for wait in edges if wait.collective.operation != kinds[0][0])
+    said = "; ".join(
+        f"rank {w.rank} in {w.collective} #{w.collective.number} for {_ranks(w.on)}" for w in edges
+    )
+    if odd and len(odd) < len(ranks):
+        return Verdict(
+            ranks=tuple(odd),
+            cause="mismatch",
+            sentence=f"{_ranks(odd)} made another call than the rest, and all wait for each other: {said}; "
+            f"rank {odd[0]} is in {doing(by_rank[odd[0]])}",
+        )
+    return Verdict(
+        ranks=tuple(ranks), cause="deadlock", sentence=f"{_ranks(ranks)} wait for each other: {said}"
+    )
+
+
+def _unusual(witness: Witness) -> bool:
+    """Whether the first call that it has not finished is another one than came at this place before."""
+    calls = witness.collectives or ()
+    first = next((index for index, call in enumerate(calls) if not call.done), None)
+    if first is None:
+        return False
+    history = [(call.group, *call.signature) for call in calls[:first]]
+    expected = expected_next(history)
+    return expected is not None and expected != (calls[first].group, *calls[first].signature)
 
 
 def _unknown(witnesses: Sequence[Witness]) -> Verdict:
@@ -245,6 +272,8 @@ def _by_number(witness: Witness) -> dict[str, dict[int, Collective]]:
 
 
 def _members(witnesses: Sequence[Witness], group: str) -> list[int]:
+    if ">" in group:
+        return sorted(int(rank) for rank in group.split(":")[1].split(">"))
     said = {rank for w in witnesses for rank in w.groups.get(group, ())}
     return sorted(said or {w.rank for w in witnesses if any(c.group == group for c in w.collectives or ())})
 

@@ -22,7 +22,7 @@ from typing import Any
 from muster.errors import DoesNotFit
 from muster.resilience import hang_report
 from muster.resilience.beats import Board, Phase, Pulse
-from muster.resilience.evidence import Collective, Failure, Witness, parse_recorder
+from muster.resilience.evidence import Collective, Failure, Witness, parse_messages, parse_recorder
 from muster.resilience.oom import oom_kills, resident_bytes
 from muster.resilience.slow import SlowRanks
 from muster.resilience.verdict import Verdict, judge
@@ -210,7 +210,8 @@ class Watchdog:
         said = self._read_json(RECORDER, pulse.rank)
         collectives: tuple[Collective, ...] | None = None
         if request is not None and said.get("request") == request:
-            collectives = parse_recorder(str(said["recorder"]))
+            calls = parse_recorder(str(said["recorder"])) + parse_messages(said["messages"])
+            collectives = tuple(sorted(calls, key=lambda call: call.time_ns))
         failure, crash = self._read_json(FAILURE, pulse.rank), self._read(CRASH, pulse.rank)
         known = {"message": str(failure["message"]), "exit_code": failure["exit_code"]} if failure else {}
         ended = Failure(**known, crash=crash) if failure or crash else None

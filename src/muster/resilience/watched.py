@@ -17,9 +17,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from muster.resilience.beats import Beat
+from muster.resilience.listening import Messages, listening
 
 BEATS, POST = "MUSTER_BEATS", "MUSTER_POST"
 """Environment of a watched rank: the board's path, and the folder for what it leaves."""
@@ -34,6 +36,7 @@ class Watched:
 
     def __init__(self) -> None:
         self._rank = int(os.environ.get("RANK", "0"))
+        self._messages = Messages()
         folder = os.environ.get(POST)
         self._folder = None if folder is None else Path(folder)
         if self._folder is None:
@@ -45,6 +48,10 @@ class Watched:
         faulthandler.enable(file=self._files[1], all_threads=True)
         self.beat = Beat(os.environ[BEATS], slot=int(os.environ["LOCAL_RANK"]), rank=self._rank)
         threading.Thread(target=self._answer, name="muster-watched", daemon=True).start()
+
+    def listening(self) -> AbstractContextManager[None]:
+        """While it lasts, what this thread waits for and exchanges is known."""
+        return listening(self.beat, self._messages)
 
     def failed(self, message: str, exit_code: int) -> None:
         """Say why this rank ends, and stay until the agent has taken down what all ranks know, or for some seconds."""
@@ -70,7 +77,12 @@ class Watched:
             if (number := self.beat.requested) != answered:
                 answered = number
                 with contextlib.suppress(OSError):
-                    content = {"request": number, "recorder": recorder_tail(), "groups": _groups()}
+                    content = {
+                        "request": number,
+                        "recorder": recorder_tail(),
+                        "groups": _groups(),
+                        "messages": self._messages.told(),
+                    }
                     _write(self._folder / RECORDER.format(self._rank), content)
 
 
@@ -78,7 +90,7 @@ class Watched:
 def watched() -> Iterator[Watched]:
     """The body of a rank: beats, and tells the agent of an error that passes through."""
     me = Watched()
-    with me.beat.counting_waits():
+    with me.listening():
         yield me
     me.beat.enter("done")
 

@@ -218,7 +218,8 @@ def test_what_comes_next_is_what_came_before() -> None:
 def test_torchs_recorder_is_read() -> None:
     entry = (
         '{"time_created_ns": 5, "record_id": %d, "process_group": ["0", "default_pg"], "collective_seq_id": %d, '
-        '"is_p2p": %s, "profiling_name": "gloo:all_reduce", "input_sizes": [[2, 3]], "input_dtypes": ["Float"], "retired": %s}'
+        '"is_p2p": %s, "profiling_name": "gloo:all_reduce", "input_sizes": [[2, 3]], '
+        '"input_dtypes": ["Float"], "retired": %s}'
     )
     entries = [
         entry % (1, 2, "false", "false"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from muster.checkpoint import manifest, shelf
 from muster.checkpoint.manifest import Manifest, sum_file
+from muster.checkpoint.sealed import SEAL, seal
 from muster.errors import CheckpointError
 
 
@@ -82,7 +84,9 @@ def test_a_damaged_manifest_is_an_error_of_ours(tmp_path: Path, text: str) -> No
 def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     folder = place(tmp_path, 1)
     path = folder / manifest.NAME
-    path.write_text(path.read_text().replace("rank-00000.safetensors", "../../etc/passwd"))
+    plain = json.loads(path.read_text().replace("rank-00000.safetensors", "../../etc/passwd"))
+    del plain[SEAL]
+    path.write_bytes(seal(plain))
     with pytest.raises(CheckpointError, match="outside"):
         manifest.verify(folder)
 

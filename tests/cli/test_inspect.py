@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from muster.checkpoint.manifest import Manifest, sum_file
+from muster.checkpoint.manifest import FORMAT, Manifest, sum_file
+from muster.checkpoint.sealed import seal
 from muster.observe.records import RunLog
 
 Muster = Callable[..., tuple[int, str, str]]
@@ -36,7 +37,7 @@ def make_checkpoint(folder: Path) -> Path:
         tensors = {"weights.embed.weight": half, "optimizer.embed.weight.exp_avg": half}
         save_file(tensors, folder / f"rank-{rank:05d}.safetensors")
     Manifest(
-        format=1,
+        format=FORMAT,
         step=100,
         tokens=409_600,
         seed=0,
@@ -123,6 +124,47 @@ def test_verify_finds_a_flipped_bit_and_names_the_file(muster: Muster, tmp_path:
         assert (code, out) == (1, "")
         assert str(path) in err
         assert "SHA-256" in err
+
+
+def test_verify_names_every_bad_file(muster: Muster, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "mine")
+    tokenizer = folder / "tokenizer" / "tokenizer.json"
+    tokenizer.parent.mkdir()
+    tokenizer.write_text("{}")
+    sums = {"tokenizer/tokenizer.json": sum_file(tokenizer).sha256}
+    (folder / "run.json").write_bytes(seal({"run": {}, "steps": 200, "files": sums}))
+    assert muster("inspect", folder, "--verify")[0] == 0
+    shards = folder / "checkpoints" / "step-00000100"
+    bad = [
+        tokenizer,
+        shards / "rank-00000.safetensors",
+        shards / "rank-00001.safetensors",
+        folder / "hf" / "config.json",
+    ]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    (shards / "stray").write_text("")
+    code, _, err = muster("inspect", folder, "--verify")
+    assert code == 1
+    assert "5 files are not sound" in err
+    assert [line.split(" ")[1].rstrip(":") for line in err.strip().splitlines()[1:]] == [
+        *map(str, bad[:3]),
+        str(shards / "stray"),
+        str(bad[3]),
+    ]
+
+
+def test_verify_finds_a_flipped_bit_in_a_record_of_sums(muster: Muster, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "mine")
+    (folder / "run.json").write_bytes(seal({"run": {}, "steps": 200, "files": {}}))
+    for path in (folder / "run.json", folder / "checkpoints" / "step-00000100" / "manifest.json"):
+        honest = path.read_bytes()
+        assert honest.count(b"00") >= 1
+        path.write_bytes(honest.replace(b"00", b"01", 1))
+        code, _, err = muster("inspect", folder, "--verify")
+        assert code == 1
+        assert f"{path} is damaged" in err
+        path.write_bytes(honest)
 
 
 @pytest.mark.parametrize(

@@ -123,11 +123,16 @@ def test_one_fault_is_one_sentence(problems, old: str, new: str, said: str) -> N
         ("layout: {zero: 0, shard: 2}", "layout: zero: 0 shards nothing, so write replicate: 2 instead of shard"),
         ("layout: {virtual: 2}", "layout: virtual belong to a pipeline: set pipeline to 2 or more, or leave them out"),
         ("layout: {pipeline: 2, zero: 3}", "layout: zero: 3 would gather or reduce for each of a pipeline's microbatches: use zero: 1"),
+        ("swarm: {peers: 3}", "swarm: not in this version of muster: remove it"),
+        ("faults: {restarts: -1}", "faults.restarts: should be at least 0 (got -1)"),
         ("faults: {hang_after: 0s}", "faults.hang_after: should be more than 0 (got '0s')"),
+        ("faults: {grace: 0s}", "faults.grace: should be more than 0 (got '0s')"),
+        ("faults: {on_nan: rewnd}", "faults.on_nan: should be stop, skip or rewind (got 'rewnd') - did you mean 'rewind'?"),
         ("track: wandb", "track: should be a list, such as [a, b] (got 'wandb')"),
         ("track: [tensorbord]", "track.0: should be tensorboard or wandb (got 'tensorbord') - did you mean 'tensorboard'?"),
         ("checkpoint: {every: 3}", "checkpoint.every: should say its unit: for example 2m, 30s or 100 steps (got 3)"),
         ("checkpoint: {every: 0s}", "checkpoint.every: should be more than 0 (got '0s')"),
+        ("checkpoint: {keep_every: 5m}", "checkpoint.keep_every: counts steps: for example 1000 steps, not 5m (got '5m')"),
         ("  schedule: {warmup: 200%}", "train.schedule.warmup: should lie between 0% and 100%, but is 200% (got '200%')"),
         ("  optimizer: {lr: .nan}", "train.optimizer.lr: should be a finite number (got nan)"),
         ("  optimizer: {betas: [0.9, 1.5]}", "train.optimizer.betas.1: should be less than 1 (got 1.5)"),
@@ -147,6 +152,23 @@ def test_one_fault_is_one_sentence(problems, old: str, new: str, said: str) -> N
 )  # fmt: skip
 def test_faults_of_later_sections(problems, tail: str, said: str) -> None:
     assert problems(f"{GOOD}{tail}\n") == [f"run.yaml:9: {said}"]
+
+
+def test_how_checkpoints_are_spaced_and_kept(write) -> None:
+    said = "checkpoint: {every: auto, keep_every: 1000 steps, keep_best: true}\n"
+    run = load_run(write(GOOD + "  eval_every: 50 steps\n" + said))
+    assert (run.checkpoint.every, run.checkpoint.keep_every) == ("auto", Every(steps=1000))
+    assert load_resolved(run.to_dict()) == run
+
+
+def test_the_best_needs_evaluations(problems) -> None:
+    assert problems(GOOD + "checkpoint: {keep_best: true}\n") == [
+        "run.yaml:1: checkpoint.keep_best needs evaluations during training: set train.eval_every, for example to 100 steps, or remove keep_best"
+    ]
+    held_out = GOOD.replace("  tokenizer", "  held_out: 0%\n  tokenizer")
+    assert problems(held_out + "  eval_every: 50 steps\ncheckpoint: {keep_best: true}\n") == [
+        "run.yaml:1: checkpoint.keep_best needs held-out documents, but data.held_out is 0: set it, for example to 2%"
+    ]
 
 
 def test_what_one_section_forbids_another(problems) -> None:

@@ -61,6 +61,21 @@ def test_refused_in_a_sentence(
     assert not (here / "runs" / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (["--nodes", "2"], "--nodes 2 needs --rendezvous HOST:PORT"),
+        (["--nodes", "3:2"], "--nodes should be N or LEAST:MOST"),
+        (["--nodes", "2", "--rendezvous", "node0"], "--rendezvous should be HOST:PORT"),
+        (["--nodes", "2", "--rendezvous", "node0:99999"], "(got 'node0:99999')"),
+    ],
+    ids=str,
+)
+def test_nodes(said: list[str], words: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in refused(capsys, *said)
+    assert not (here / "runs" / "run").exists()
+
+
 def test_text_that_is_none(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "binary.py").write_bytes(b"\x00\x01\x02")
     assert "binary.py" in refused(capsys)

@@ -23,7 +23,7 @@ model: {family: llama, layers: 2, width: 32, heads: 2, context: 32}
 data: {train: [{files: "*.py"}]}
 train: {tokens: 4Mi, batch_tokens: 256, log_every: 5}
 layout: {shard: 2, zero: 3}
-faults: {hang_after: 2s}
+faults: {hang_after: 2s, restarts: 0}
 """
 
 
@@ -56,7 +56,7 @@ def rank(job: subprocess.Popen[str], number: int) -> psutil.Process:
 
 @pytest.mark.parametrize(
     ("number", "sent", "said"),
-    [(1, signal.SIGSTOP, "rank 1 was stopped"), (0, signal.SIGSEGV, "rank 0 was ended by SIGSEGV")],
+    [(1, signal.SIGSTOP, "rank 1 was stopped"), (0, signal.SIGSEGV, "rank 0 was killed by SIGSEGV")],
 )
 def test_the_culprit_is_named_last(number: int, sent: signal.Signals, said: str, tmp_path: Path) -> None:
     job = start(tmp_path)

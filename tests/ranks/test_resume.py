@@ -33,15 +33,15 @@ def train_and_stop(run: dict[str, Any], base: str, folder: str, after: int) -> N
     """Train until `after` steps are done and saved, then end without another word."""
     from muster.train import saves
 
-    honest = saves.save
+    honest = saves.Saver.after
 
-    def save(trainee: Any, plan: Any, world: Any, report: Any, step: int) -> None:
-        honest(trainee, plan, world, report, step)
-        world.barrier()
+    def save(saver: Any, step: int, votes: Any) -> None:
+        honest(saver, step, votes)
+        saver.finish(step)
         if step == after:
             raise Stopped
 
-    saves.save = save
+    saves.Saver.after = save  # type: ignore[method-assign]
     with pytest.raises(Stopped):
         train_here(run, base, folder)
 
@@ -160,12 +160,27 @@ def test_a_folder_of_another_configuration_is_refused(corpus: Path, tmp_path: Pa
         check(load_resolved(changed), base=corpus, folder=folder)
 
 
+def test_a_damaged_record_of_the_run_is_named(corpus: Path, tmp_path: Path) -> None:
+    from muster.train.entry import check
+
+    folder = tmp_path / "tiny"
+    check(load_resolved(tiny()), base=corpus, folder=folder)
+    record = folder / "run.json"
+    record.write_bytes(record.read_bytes().replace(b"0.001", b"0.005"))
+    with pytest.raises(UsageError, match=r"run\.json is damaged .* delete that file"):
+        check(load_resolved(tiny()), base=corpus, folder=folder)
+
+
 def test_poisoned_weights_stop_with_the_step_and_the_parameter(
     corpus: Path, run_ranks: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(RuntimeError, match=r"step 3: .*not finite, first in layers\.1\.mlp\.up\.weight"):
         run_ranks(
-            2, train_poisoned, tiny(layout={"shard": 2, "zero": 3}), str(corpus), str(tmp_path / "tiny")
+            2,
+            train_poisoned,
+            tiny(layout={"shard": 2, "zero": 3}, faults={"on_nan": "stop"}),
+            str(corpus),
+            str(tmp_path / "tiny"),
         )
     assert read_jsonl(tmp_path / "tiny" / "events.jsonl")[-1]["event"] == "failed"
 

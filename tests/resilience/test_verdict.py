@@ -197,7 +197,7 @@ def test_the_cause_is_said_and_not_what_follows_from_it(follow: str) -> None:
     assert judge([lost[0], own, lost[1]]).sentence == "rank 1: Traceback ...\nKeyError: 'x'"
     killed = busy(1, 11, failure=Failure(exit_code=-9))
     assert judge([lost[0], killed, lost[1]]).sentence.startswith(
-        "rank 1 was ended by SIGKILL in backward of step 3"
+        "rank 1 was killed by SIGKILL in backward of step 3"
     )
     late = busy(1, 11, phase="data")
     assert judge([lost[0], late, lost[1]]).ranks == (1,)

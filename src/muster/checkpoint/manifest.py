@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from muster.checkpoint.sealed import SEAL, seal, unseal
 from muster.errors import CheckpointError
 
 NAME = "manifest.json"
-FORMAT = 1
-_READ_BYTES = 1 << 22
+FORMAT = 2
+"""1: without a checksum of the manifest itself; still read."""
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,8 @@ class Manifest:
     format: int
     step: int
     tokens: int
-    """Tokens trained on so far; with `seed` it gives the position in the data and every random state."""
+    """Tokens trained on so far; with `seed` and the batches left out it gives the position in the data and every
+    random state."""
     seed: int
     digest: str
     """Digest of the resolved run file."""
@@ -42,23 +46,31 @@ class Manifest:
     """The model's specification."""
     versions: dict[str, str]
     files: dict[str, FileSum]
+    held_out_loss: float | None = None
+    """Nats per token, where this very state was evaluated during training."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What `resilience/guard.py` remembers: the batches left out, and the steps that spikes are judged by."""
 
     def write(self, folder: Path) -> None:
-        write_synced(folder / NAME, json.dumps(asdict(self), indent=1).encode())
+        plain = json.loads(json.dumps(asdict(self)))  # as it reads back
+        write_synced(folder / NAME, seal(plain))
 
 
 def read(folder: Path) -> Manifest:
-    """Read the manifest of a checkpoint folder; CheckpointError where there is none or it is not one."""
+    """Read the manifest of a checkpoint folder; CheckpointError where there is none or a byte of it is wrong."""
     path = folder / NAME
     try:
-        plain = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        plain = json.loads(content)
+        if plain["format"] != 1 or SEAL in plain:
+            plain = unseal(content)
         files = {name: FileSum(**entry) for name, entry in plain.pop("files").items()}
         manifest = Manifest(**plain, files=files)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {NAME}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): use an older checkpoint") from None
-    if manifest.format != FORMAT:
+    if manifest.format not in (1, FORMAT):
         raise CheckpointError(
             f"{path} has format {manifest.format}, but this version reads {FORMAT}: use the muster that wrote it"
         )
@@ -73,37 +85,76 @@ def read(folder: Path) -> Manifest:
 def verify(folder: Path) -> Manifest:
     """Check every file of a checkpoint against its manifest; CheckpointError names the first that is not sound."""
     manifest = read(folder)
-    for name, expected in manifest.files.items():
+    for problem in problems(folder, manifest):
+        raise CheckpointError(f"{problem}: use an older checkpoint")
+    return manifest
+
+
+def problems(folder: Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> Iterator[str]:
+    """What is wrong with the files, each named, as it is found; with `parts`, only one part of them is read."""
+    for name, expected in list(manifest.files.items())[part::parts]:
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing: use an older checkpoint")
-        if path.stat().st_size != expected.bytes:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes instead of {expected.bytes}: use an older checkpoint"
-            )
-        if sum_file(path) != expected:
-            raise CheckpointError(
-                f"{path} does not match its SHA-256 (flipped bits): use an older checkpoint"
-            )
-    return manifest
+            yield f"{path} is missing"
+            continue
+        try:
+            found = sum_file(path)
+        except OSError as error:
+            yield f"{path} cannot be read ({error.strerror})"
+            continue
+        if found == expected:
+            continue
+        owner = next((other for other, theirs in manifest.files.items() if theirs == found), None)
+        if owner is not None:
+            yield f"{path} holds what {owner} should (the files were exchanged)"
+        elif found.bytes != expected.bytes:
+            yield f"{path} has {found.bytes} bytes instead of {expected.bytes}"
+        else:
+            yield f"{path} does not match its SHA-256 (flipped bits)"
+    if part == 0:
+        # A reader takes all safetensors files of a folder as its shards, so one too many is as bad as a wrong one.
+        for path in strangers(folder, manifest):
+            if path.suffix == ".safetensors":
+                yield f"{path} is not in the manifest"
+
+
+def strangers(folder: Path, manifest: Manifest) -> list[Path]:
+    """What lies in the folder and is not named by the manifest."""
+    return sorted(path for path in folder.iterdir() if path.name not in {*manifest.files, NAME})
 
 
 def sum_file(path: Path) -> FileSum:
     """Size and SHA-256 of a file, read in pieces."""
     digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while piece := file.read(_READ_BYTES):
-            digest.update(piece)
-            size += len(piece)
+    buffer = bytearray(_READ_BYTES)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+            size += count
+    return FileSum(bytes=size, sha256=digest.hexdigest())
+
+
+def write_summed(path: Path, pieces: Iterable[bytes | memoryview]) -> FileSum:
+    """Write a file piece by piece, wait until it is on disk, and return its sum, for which no byte is read again."""
+    digest, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        for piece in pieces:
+            view = memoryview(piece).cast("B")
+            digest.update(view)
+            size += len(view)
+            while len(view):
+                view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     return FileSum(bytes=size, sha256=digest.hexdigest())
 
 
 def write_synced(path: Path, content: bytes) -> None:
     """Write a file and wait until it is on disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_summed(path, [content])
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,10 +5,11 @@ Pure file work; which tensors a checkpoint holds is `state.py`'s business.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from muster.checkpoint import manifest
@@ -16,7 +17,7 @@ from muster.checkpoint.manifest import Manifest
 from muster.errors import CheckpointError
 
 _STEP = re.compile(r"step-(\d{8,})")
-_PARTIAL = ".partial"
+_PARTIAL, _FORMER = ".partial", ".former"
 
 
 def folder_of(shelf: Path, step: int) -> Path:
@@ -49,41 +50,122 @@ def newest_sound(shelf: Path, on_damaged: Callable[[str], None]) -> tuple[Path, 
         except CheckpointError as error:
             on_damaged(str(error))
     if candidates:
-        raise CheckpointError(
-            f"none of the {len(candidates)} checkpoints in {shelf} is sound: restore one from a backup, or delete "
-            f"the folder to start over"
-        )
+        raise none_sound(shelf, len(candidates))
     return None
 
 
+def none_sound(shelf: Path, count: int) -> CheckpointError:
+    return CheckpointError(
+        f"none of the {count} checkpoints in {shelf} is sound: restore one from a backup, or delete "
+        f"the folder to start over"
+    )
+
+
+def begin(shelf: Path, step: int) -> Path:
+    """An empty `.partial` folder for the ranks to write into."""
+    if not shelf.is_dir():
+        shelf.mkdir(parents=True)
+        manifest.sync_folder(shelf.parent)
+    partial = partial_of(shelf, step)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    return partial
+
+
 def commit(shelf: Path, step: int, content: Manifest) -> Path:
-    """Turn a complete `.partial` folder into a checkpoint: manifest last, sync, rename, sync the parent."""
-    partial, final = partial_of(shelf, step), folder_of(shelf, step)
+    """Turn a complete `.partial` folder into a checkpoint: manifest last, sync, rename, sync the parent.
+
+    One of the same step (a damaged one, or one that training went back from) makes way, and is not deleted before the
+    new one stands in its place.
+    """
+    partial, final, former = partial_of(shelf, step), folder_of(shelf, step), _former_of(shelf, step)
     content.write(partial)
     manifest.sync_folder(partial)
     if final.exists():
-        # Only a damaged checkpoint is written again (a sound one would have been resumed from).
-        shutil.rmtree(final)
-    os.rename(partial, final)
+        if former.exists():
+            shutil.rmtree(former)
+        os.rename(final, former)
+    try:
+        os.rename(partial, final)
+    except OSError:
+        if former.exists():
+            os.rename(former, final)
+        raise
     manifest.sync_folder(shelf)
+    if former.exists():
+        shutil.rmtree(former)
     return final
 
 
-def retain(shelf: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints."""
-    for step in steps(shelf)[:-keep]:
-        doomed = folder_of(shelf, step)
-        # Without its manifest it is no checkpoint any more, so a kill half-way leaves no half of one.
-        (doomed / manifest.NAME).unlink(missing_ok=True)
-        shutil.rmtree(doomed)
+def abandon(shelf: Path, step: int) -> None:
+    """Remove what a failed save left."""
+    shutil.rmtree(partial_of(shelf, step), ignore_errors=True)
+
+
+def kept(shelved: Iterable[int], keep: int, *, every: int | None = None, best: int | None = None) -> set[int]:
+    """Which of the shelved steps stay: the `keep` newest, the `best` one, and of each `every` steps the first.
+
+    With `every` 1000 that is the first at or after 1000, 2000, ...: saves come by the clock and may be put off,
+    so few are at a multiple itself.
+    """
+    ordered = sorted(shelved)
+    stay = {step for step in ordered if step == best} | set(ordered[-keep:])
+    if every is not None:
+        first: dict[int, int] = {}
+        for step in ordered:
+            first.setdefault(step // every, step)
+        stay |= {step for bucket, step in first.items() if bucket > 0}
+    return stay
+
+
+def best(shelf: Path, among: Iterable[int]) -> tuple[int, float] | None:
+    """Of these checkpoints, as far as they were evaluated, the one with the lowest held-out loss, and that loss."""
+    losses = []
+    for step in among:
+        with contextlib.suppress(CheckpointError):  # a damaged one is nobody's best
+            loss = manifest.read(folder_of(shelf, step)).held_out_loss
+            if loss is not None:
+                losses.append((loss, step))
+    return (min(losses)[1], min(losses)[0]) if losses else None
+
+
+def retain(
+    shelf: Path, keep: int, *, saved: int | None = None, every: int | None = None, keep_best: bool = False
+) -> None:
+    """Delete all checkpoints but those that are to be kept (`kept`).
+
+    Those after `saved`, the step of the newest save, go too: training has gone back from them, because they are
+    damaged or because it was told to, and they must not push out the ones that it goes on from.
+    """
+    shelved = steps(shelf)
+    valid = [step for step in shelved if saved is None or step <= saved]
+    found = best(shelf, valid) if keep_best else None
+    stay = kept(valid, keep, every=every, best=found[0] if found else None)
+    for step in shelved:
+        if step not in stay:
+            doomed = folder_of(shelf, step)
+            # Without its manifest it is no checkpoint any more, so a kill half-way leaves no half of one.
+            (doomed / manifest.NAME).unlink(missing_ok=True)
+            shutil.rmtree(doomed)
 
 
 def sweep(shelf: Path) -> None:
     """Remove what a killed save or clean-up left behind; call it before the ranks write."""
     if not shelf.is_dir():
         return
-    for entry in shelf.iterdir():
-        stale = entry.name.endswith(_PARTIAL)
-        stripped = _STEP.fullmatch(entry.name) is not None and not (entry / manifest.NAME).exists()
-        if stale or stripped:
+    for entry in sorted(shelf.iterdir()):
+        if entry.name.endswith(_FORMER):
+            final = entry.with_name(entry.name.removesuffix(_FORMER))
+            if not final.exists():  # killed between making way and standing in its place
+                os.rename(entry, final)
+            else:
+                shutil.rmtree(entry)
+        elif entry.name.endswith(_PARTIAL) or (
+            _STEP.fullmatch(entry.name) is not None and not (entry / manifest.NAME).exists()
+        ):
             shutil.rmtree(entry)
+
+
+def _former_of(shelf: Path, step: int) -> Path:
+    return shelf / f"step-{step:08d}{_FORMER}"

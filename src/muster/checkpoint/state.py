@@ -1,30 +1,25 @@
 """Tensors of a run to and from a checkpoint, at any world size and ZeRO stage.
 
-Each rank writes the shards it owns, as DCP's save planner lists them, into one safetensors
-file whose header carries the offsets; DCP's load planner reads whatever slices the loading
-layout needs. Neither direction sends anything between ranks, so nothing is ever pickled.
+Each rank writes the shards it owns into one safetensors file (`snapshot.py`); DCP's load planner
+reads whatever slices the loading layout needs. Neither direction sends anything between ranks,
+so nothing is ever pickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.tensor import DTensor, Replicate
 
-from muster.checkpoint.manifest import FileSum, sum_file, write_synced
+from muster.checkpoint.manifest import FileSum, write_summed
+from muster.checkpoint.snapshot import State, arrange, stream
 from muster.errors import CheckpointError, DoesNotFit
-
-State = Mapping[str, Tensor]
-"""Tensors by name; a DTensor stands for one rank's shard of the whole."""
 
 WEIGHTS = "weights."
 """Prefix of the names of model parameters in a checkpoint."""
@@ -35,36 +30,56 @@ def write_shards(state: State, folder: Path, rank: int, *, owns_whole: bool) -> 
 
     `owns_whole`: whether it is the one to write tensors that are not divided.
     """
-    planner = DefaultSavePlanner(flatten_state_dict=False)
-    planner.set_up_planner({name: tensor for name, tensor in state.items() if _owns(tensor, owns_whole)})
-    tensors: dict[str, Tensor] = {}
-    offsets: dict[str, dict[str, list[int]]] = {}
-    for item in planner.create_local_plan().items:
-        assert item.tensor_data is not None
-        shard = planner.resolve_data(item)
-        assert isinstance(shard, Tensor)
-        tensors[item.index.fqn] = shard.detach().cpu().contiguous()
-        offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
-    path = folder / f"rank-{rank:05d}.safetensors"
+    arrangement = arrange(state, owns_whole=owns_whole)
+    write_file(stream(state, arrangement), arrangement.size_bytes, folder, rank)
+
+
+def write_file(pieces: Iterable[bytes | memoryview], size: int, folder: Path, rank: int) -> None:
+    """Write a rank's file of about `size` bytes and the note of its sum; DoesNotFit where the disk refuses.
+
+    What was refused is removed, and why is left in a note for the first rank (`refusals`).
+    """
+    path = folder / _file(rank)
     try:
-        save_file(tensors, path, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-        write_synced(_sum_path(folder, rank), json.dumps(asdict(sum_file(path))).encode())
-    except (OSError, SafetensorError) as error:  # the library words a full disk as an error of its own
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        raise DoesNotFit(
-            f"cannot write {size / 1e6:.0f} MB of checkpoint to {folder} ({error}): free some space, "
-            f"or lower checkpoint.keep"
-        ) from error
+        summed = write_summed(path, pieces)
+        _note(folder, rank).write_text(
+            json.dumps(asdict(summed))
+        )  # soon part of the manifest, which is synced
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        refusal = refused(size, folder, error)
+        with contextlib.suppress(OSError):  # there is room for a sentence now, if the folder is there at all
+            _refusal(folder, rank).write_text(str(refusal))
+        raise refusal from error
+
+
+def refused(size: int, folder: Path, error: OSError) -> DoesNotFit:
+    """`size` bytes of checkpoint that the disk did not take, as a sentence."""
+    with contextlib.suppress(OSError):
+        free = f", which has {shutil.disk_usage(folder).free / 1e6:.0f} MB free"
+        return DoesNotFit(
+            f"cannot write {size / 1e6:.0f} MB of checkpoint to {folder}{free} ({error.strerror or error}): "
+            f"free some space, or lower checkpoint.keep"
+        )
+    return DoesNotFit(f"cannot write a checkpoint to {folder} ({error.strerror or error}): look at that disk")
+
+
+def refusals(folder: Path) -> list[str]:
+    """Why ranks could not write, as far as they could say so."""
+    found = []
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.glob("*.refused")):
+            found.append(path.read_text())
+    return found
 
 
 def collect_sums(folder: Path, world_size: int) -> dict[str, FileSum]:
     """What the ranks wrote, by file name; removes the notes that `write_shards` left."""
     sums = {}
     for rank in range(world_size):
-        note = _sum_path(folder, rank)
-        sums[f"rank-{rank:05d}.safetensors"] = FileSum(**json.loads(note.read_bytes()))
+        note = _note(folder, rank)
+        sums[_file(rank)] = FileSum(**json.loads(note.read_bytes()))
         note.unlink()
     return sums
 
@@ -81,18 +96,13 @@ def read_shards(state: State, folder: Path) -> None:
         raise CheckpointError(f"{folder} does not hold the state of this model: {error}") from error
 
 
-def _owns(tensor: Tensor, owns_whole: bool) -> bool:
-    """Of copies, the first writes: a DTensor's owner is first on every axis that replicates it."""
-    if not isinstance(tensor, DTensor):
-        return owns_whole
-    coordinate = tensor.device_mesh.get_coordinate()
-    assert coordinate is not None
-    return all(
-        index == 0
-        for index, placement in zip(coordinate, tensor.placements, strict=True)
-        if isinstance(placement, Replicate)
-    )
+def _file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
 
 
-def _sum_path(folder: Path, rank: int) -> Path:
+def _note(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.sum.json"
+
+
+def _refusal(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.refused"

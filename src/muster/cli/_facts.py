@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from muster.checkpoint import manifest, shelf
+from muster.cli._verify import damage
 from muster.errors import CheckpointError, UsageError
 from muster.observe.view import view
 
@@ -22,9 +23,16 @@ _WEIGHTS = "weights."  # prefix of parameters in a checkpoint; the rest is optim
 
 
 def facts_of(folder: Path, *, verify: bool) -> Facts:
-    """Facts about a folder; with `verify`, CheckpointError names the first file that its checksum disowns."""
+    """Facts about a folder; with `verify`, CheckpointError names each file that its checksum disowns."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder: give a run, a checkpoint or a model in Hugging Face layout")
+    known = [(folder / name).is_file() for name in ("run.json", manifest.NAME, "muster.json")]
+    if verify and (folder / "config.json").is_file() and not any(known):
+        raise UsageError(
+            f"{folder} has no muster.json with checksums: only exports of muster can be verified"
+        )
+    if verify and any(known) and (bad := damage(folder)):
+        raise CheckpointError("\n".join([f"{len(bad)} files are not sound:", *bad] if len(bad) > 1 else bad))
     if (folder / "run.json").is_file():
         return _run(folder, verify)
     if (folder / manifest.NAME).is_file():
@@ -44,8 +52,6 @@ def _run(folder: Path, verify: bool) -> Facts:
     kept = folder / "checkpoints"
     checkpoints = [_checkpoint(shelf.folder_of(kept, step), verify) for step in shelf.steps(kept)]
     export = folder / "hf"
-    if verify and (export / "muster.json").is_file():
-        _verify_export(export, _json(export / "muster.json"))
     return {
         "kind": "run",
         "name": seen.name,
@@ -66,7 +72,7 @@ def _run(folder: Path, verify: bool) -> Facts:
 
 
 def _checkpoint(folder: Path, verify: bool) -> Facts:
-    content = manifest.verify(folder) if verify else manifest.read(folder)
+    content = manifest.read(folder)
     tensors: Facts = {}
     for name in content.files:
         if name.endswith(".safetensors") and (folder / name).is_file():
@@ -93,12 +99,6 @@ def _checkpoint(folder: Path, verify: bool) -> Facts:
 def _model(folder: Path, verify: bool) -> Facts:
     config = _json(folder / "config.json")
     record = _json(folder / "muster.json") if (folder / "muster.json").is_file() else None
-    if verify:
-        if record is None:
-            raise UsageError(
-                f"{folder} has no muster.json with checksums: only exports of muster can be verified"
-            )
-        _verify_export(folder, record)
     tensors = [entry for file in sorted(folder.glob("*.safetensors")) for entry in _header(file).values()]
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     return {
@@ -114,20 +114,6 @@ def _model(folder: Path, verify: bool) -> Facts:
         "files": files,
         "checksums": _checksums(verify),
     }
-
-
-def _verify_export(folder: Path, record: Facts) -> None:
-    sums = record.get("sha256")
-    if not isinstance(sums, dict) or not sums:
-        raise CheckpointError(f"{folder / 'muster.json'} is damaged (no checksums): export the run again")
-    for name, expected in sums.items():
-        path = folder / name
-        if Path(name).name != name:
-            raise CheckpointError(f"{folder / 'muster.json'} names a file outside its folder ({name})")
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: export the run again")
-        if manifest.sum_file(path).sha256 != expected:
-            raise CheckpointError(f"{path} does not match its SHA-256: export the run again")
 
 
 def _checksums(verified: bool) -> str:

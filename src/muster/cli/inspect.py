@@ -17,7 +17,7 @@ def inspect(path: Path, *, verify: bool = False, json_: bool = False) -> None:
     path
         The folder.
     verify
-        Also check every file against its checksum; exit code 1 names the first that is not sound.
+        Also check every byte against the checksums; exit code 1 names each file that is not sound.
     json_
         Print JSON instead of text.
     """

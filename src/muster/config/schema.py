@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from muster.config.fields import STRICT, Flag, ListOrText, Number, Positive, SectionOrWord
 from muster.config.layout import Layout as Layout
-from muster.config.units import Every, Fraction, Interval, Seconds, Tokens
+from muster.config.units import Every, Fraction, Interval, IntervalOrAuto, Seconds, Steps, Tokens
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "qwen3_moe", "dots1"]
 SPARSE = ("mixtral", "qwen3_moe", "dots1")
@@ -260,20 +260,41 @@ class Train:
 class Checkpoint:
     """When state is saved and how much of it is kept."""
 
-    every: Interval = Field(default_factory=lambda: Every(seconds=120.0))
-    """Interval between checkpoints (`2m`, `100 steps`); one is always written at the end."""
+    every: IntervalOrAuto = Field(default_factory=lambda: Every(seconds=120.0))
+    """Interval between checkpoints (`2m`, `100 steps`), or auto: from what a save costs and how often the run fails
+    (Daly 2006). One is always written at the end."""
     keep: Positive = 3
     """Newest checkpoints kept."""
+    keep_every: Steps | None = None
+    """Of each so many steps (`1000 steps`), the first checkpoint is kept for good."""
+    keep_best: Flag = False
+    """A state with the lowest held-out loss so far is saved when it is found (see `train.eval_every`), and kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Faults:
-    """What is done when something goes wrong."""
+    """What is done when something fails, goes wrong in a step, or is stopped."""
 
+    restarts: Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)] = 10
+    """Restarts in a row without a newly committed checkpoint; each new one makes the budget whole again."""
+    grace: Seconds = 25.0
+    """Time that ranks have to save and leave when the run is stopped (SIGTERM, SIGINT, SIGUSR1)."""
     hang_after: Seconds = 60.0
     """When no rank has made any progress for this long, and for three times as long as ever before, the run hangs: the
     culprit is named in hang-NNNN.md and the ranks are ended. Setting up, the first step and saving may take ten times
     this. Progress is the pass of a microbatch, or an exchange between ranks."""
+    on_nan: Literal["stop", "skip", "rewind"] = "rewind"
+    """When the loss or the gradients hold a nan or inf, found before the parameters change. stop: end the run; skip:
+    never use that batch again and do the step with the next one; rewind: the same, and where the next batch is bad
+    too, so that the parameters are to blame, go back to the newest checkpoint and use none of the batches since.
+    After 3 bad steps in a row or 20 in all the run stops. rewind is the default: one bad batch costs one step, and
+    only what cannot be mended stops a run."""
+    on_spike: Literal["note", "stop", "skip", "rewind"] = "note"
+    """When the loss or the gradient norm stands far above the last 64 steps. note: only tell, because most spikes
+    pass by themselves; the others as for on_nan."""
+    checksum_every: Positive | None = 100
+    """Steps between two comparisons of the bits of all copies of parameters and optimizer state, which also come
+    before each checkpoint; null for none. What one rank alone holds (shard without replicate) has no copy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -336,6 +357,19 @@ class Run:
             raise ValueError(
                 f"layout.offload: disk streams AdamW's two moments, but train.optimizer.kind is {kind}, which "
                 f"keeps one: write offload: cpu, or kind: adamw"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> Run:
+        if self.checkpoint.keep_best and self.train.eval_every is None:
+            raise ValueError(
+                "checkpoint.keep_best needs evaluations during training: set train.eval_every, for example to "
+                "100 steps, or remove keep_best"
+            )
+        if self.checkpoint.keep_best and self.data.held_out == 0:
+            raise ValueError(
+                "checkpoint.keep_best needs held-out documents, but data.held_out is 0: set it, for example to 2%"
             )
         return self
 

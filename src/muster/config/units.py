@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
@@ -87,6 +87,19 @@ def parse_every(value: object) -> Every:
     return Every(seconds=parse_seconds(value))
 
 
+def parse_every_or_auto(value: object) -> Every | Literal["auto"]:
+    """`auto`, or as `parse_every`."""
+    return "auto" if value == "auto" else parse_every(value)
+
+
+def parse_steps(value: object) -> Every:
+    """`1000 steps`, and no length of time."""
+    every = parse_every(value)
+    if every.steps is None:
+        raise ValueError(f"counts steps: for example 1000 steps, not {value}")
+    return every
+
+
 def _quantity(kind: str, pattern: str) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [{"type": kind, "minimum": 0}, {"type": "string", "pattern": pattern}]})
 
@@ -106,4 +119,16 @@ Interval = Annotated[
     BeforeValidator(parse_every),
     PlainSerializer(str, return_type=str),
     WithJsonSchema({"type": "string", "pattern": r"^[0-9._]+ ?(ms|s|m|h|d|steps?)$"}),
+]
+Steps = Annotated[
+    Every,
+    BeforeValidator(parse_steps),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": r"^[0-9._]+ ?steps?$"}),
+]
+IntervalOrAuto = Annotated[
+    Every | Literal["auto"],
+    BeforeValidator(parse_every_or_auto),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": r"^([0-9._]+ ?(ms|s|m|h|d|steps?)|auto)$"}),
 ]

@@ -1,7 +1,7 @@
 """Weights to a folder in Hugging Face layout: written aside, checked in `transformers`, then put in place.
 
 `muster.json` is written last and holds where the weights came from, the parity figures, and
-the SHA-256 of every other file.
+the SHA-256 of every other file and of itself.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import muster
+from muster.checkpoint.sealed import seal
 from muster.config.schema import Parity
 from muster.errors import UsageError
 from muster.export.parity import ParityReport, check_logits, logits_of, require_transformers
@@ -73,7 +74,7 @@ def export_hf(
             "parity": asdict(report),
             "sha256": {path.name: _sha256(path) for path in sorted(draft.iterdir())},
         }
-        (draft / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        (draft / RECORD).write_bytes(seal(record))
     return report
 
 

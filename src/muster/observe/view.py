@@ -12,7 +12,7 @@ from muster.observe.records import EVENTS, METRICS, in_use, read_jsonl
 
 _TAIL_BYTES = 1 << 18
 """Enough records to find the last figure of each kind, however long the run."""
-_ENDS = {"finished": "finished", "failed": "failed", "started": "stopped"}
+_ENDS = {"finished": "finished", "failed": "failed", "started": "stopped", "preempted": "stopped"}
 """What became of a run that nobody works on, by the last of these events: a killed one never says so."""
 
 

@@ -1,29 +1,40 @@
-"""Starts the ranks of one machine through torch's elastic agent: no second launcher to learn.
+"""Keeps the ranks of one machine running: starts them, says which one failed and why, restarts and ends them.
 
-A rank is `python -m muster <the same arguments>` with RANK set; rank 0 keeps the terminal, the
-others write to `logs/` in the run folder. The first failing rank's error becomes the
-launcher's: its sentence and its exit code.
+An agent does what the job's coordinator says (`coordinator.py`): one agent, and its coordinator is a thread of it;
+several (`--nodes`), and the agent that can listen at the rendezvous address has it. A rank is what
+`python -m muster <the same arguments>` is with RANK set. The first failing rank's error becomes the command's: its
+sentence, said last, and its exit code.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import json
-import os
+import select
 import signal
+import socket
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 
 from muster.errors import MusterError, Preempted, TrainingError
-from muster.resilience.beats import Beat
+from muster.observe.records import RunLog
+from muster.resilience.budget import Budget, Failure
+from muster.resilience.coordinator import Coordinator, Fitted, Outcome
+from muster.resilience.lifeline import INTERRUPTED, STOP_SIGNALS
+from muster.resilience.ranks import Place, Ranks, Zygote
+from muster.resilience.rendezvous import Closed, Link, Message, Monitor, Server, connect, listen
 from muster.resilience.watchdog import Watchdog
-from muster.resilience.watched import Watched
 
-_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-_PR_SET_PDEATHSIG = 1
+_POLL_S = 0.05
+_CAUSE_WAIT_S = 1.0
+"""How long a rank that only lost its peer waits for the peer to be seen dead: its last moments take a while."""
+_RETRY_S = 0.5
+_DATA_AXES = ("replicate", "shard")
+_HEAR_S = 5.0
+_AGAIN = "run the same command again to resume from the newest checkpoint"
 
 
 class RankFailed(MusterError):
@@ -34,106 +45,263 @@ class RankFailed(MusterError):
         self.exit_code = exit_code
 
 
-def start_ranks(arguments: Sequence[str], ranks: int, folder: Path, watchdog: Watchdog) -> None:
-    """Run `python -m muster *arguments` as `ranks` processes and wait; RankFailed with the watchdog's verdict.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What is to be kept running."""
 
-    `folder` is the run's. Each rank gets its share of the machine's cores as threads unless OMP_NUM_THREADS is set.
-    """
-    import torch.distributed.launcher.api as launcher
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    os.environ["MUSTER_AGENT"] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", _threads(ranks))
-    logs = folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    os.environ |= watchdog.environment
-    quiet = dict.fromkeys(range(1, ranks), Std.ALL)
-    config = launcher.LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=f"muster-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.1,
-        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=quiet),
-    )
-    try:
-        with watchdog:
-            launcher.elastic_launch(config, entrypoint=sys.executable)("-m", "muster", *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        verdict = watchdog.conclude({rank: failed.exitcode for rank, failed in error.failures.items()})
-        if verdict is not None:
-            raise RankFailed(f"{verdict.sentence}", verdict.exit_code) from None
-        raise _explain(rank, failure.exitcode, Path(failure.error_file), logs) from None
-    except SignalException as received:
-        raise RankFailed(
-            f"stopped by {signal.Signals(received.sigval).name}", 128 + received.sigval
-        ) from None
+    argv: Sequence[str]
+    """Of the command `muster`, for each rank."""
+    folder: Path
+    """The run's."""
+    digest: str
+    """Of the run, by which agents know that they serve the same."""
+    fit: Callable[[int], Fitted | None]
+    needs: str
+    committed: Callable[[], int]
+    """See `Coordinator` for these three."""
+    restarts: int
+    grace_s: float
+    watch: Callable[[Place], Watchdog] | None = None
+    """Makes the watchdog of a set of ranks."""
 
 
-@contextlib.contextmanager
-def reported() -> Iterator[Beat]:
-    """The body of a rank. Does not return: ends the process with 0, or with the error's code and a note for the agent.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Nodes:
+    """The agents that take part."""
 
-    The process ends without the interpreter's tear-down: threads of the process group that still run then
-    abort it now and then (seen once in some twenty runs), and after a failure the others may be stuck in a collective.
-    """
-    _die_with_agent()
-    me = Watched()
-    try:
-        with me.listening():
-            yield me.beat
-    except Exception as error:
-        target = os.environ.get(_ERROR_FILE)
-        if target is None:
-            raise
-        known = isinstance(error, MusterError)
-        message = str(error) if known else "".join(traceback.format_exception(error))
-        exit_code = error.exit_code if isinstance(error, MusterError) else 1
-        Path(target).write_text(json.dumps({"message": message, "exit_code": exit_code}))
-        if exit_code != Preempted.exit_code:
-            me.failed(message, exit_code)
-        _leave(exit_code)
-    me.beat.enter("done")
-    _leave(0)
+    minimum: int = 1
+    maximum: int = 1
+    rendezvous: tuple[str, int] | None = None
+    """Where they meet; None where there is only this one."""
+    slots: int
+    """Ranks that this one can hold."""
 
 
-def _explain(rank: int, exit_code: int, error_file: Path, logs: Path) -> RankFailed:
-    if exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        return RankFailed(
-            f"rank {rank} was killed by {name}; its log is under {logs}: run the same command again to resume",
-            TrainingError.exit_code,
+def start_ranks(job: Job, nodes: Nodes, zygote: Zygote, monitor: Monitor | None = None) -> None:
+    """Keep the ranks of `job` running until it is done. RankFailed with the failure that ended it, or Preempted."""
+    agent = _Agent(job=job, nodes=nodes, zygote=zygote, monitor=monitor)
+    with agent.signals():
+        agent.run()
+
+
+@dataclass(kw_only=True)
+class _Agent:
+    job: Job
+    nodes: Nodes
+    zygote: Zygote
+    monitor: Monitor | None
+    _asked: str | None = field(default=None, init=False)
+    """Name of the signal that has asked this agent to stop."""
+    _at_once: bool = field(default=False, init=False)
+    _ranks: Ranks | None = field(default=None, init=False)
+    _name: str = field(default="", init=False)
+    _passed_on: bool = field(default=False, init=False)
+    _failed_at: float | None = field(default=None, init=False)
+    _deadline: float | None = field(default=None, init=False)
+    """When ranks that were asked to stop are killed."""
+    _overdue: bool = field(default=False, init=False)
+    _farewell: str = field(default="", init=False)
+    _hear_until: float = field(default=0.0, init=False)
+
+    def run(self) -> None:
+        while True:
+            server, link = self._meet()
+            try:
+                if self._follow(link, hosts=server is not None):
+                    return
+            finally:
+                link.close()
+                if server is not None:
+                    server.close()
+            if self.nodes.rendezvous is None:
+                raise TrainingError(
+                    "the coordinator of this run has failed: run the same command again to resume"
+                )
+            self._say("the node at the rendezvous is gone: waiting for it to be started again")
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        self._at_once = number == signal.SIGINT and self._asked == "SIGINT"
+        self._asked = signal.Signals(number).name
+
+    def _meet(self) -> tuple[Server | None, Link]:
+        """Become the coordinator's host, or reach it, however long that takes."""
+        address = self.nodes.rendezvous
+        while address is not None:
+            listener = listen(address)
+            if listener is not None:
+                return self._serve(listener, address[0])
+            link = connect(address)
+            if link is not None:
+                return None, link
+            if self._asked:
+                raise Preempted(
+                    f"stopped by {self._asked} before the nodes had met: run the same command again"
+                )
+            time.sleep(_RETRY_S)
+        return self._serve(None, "127.0.0.1")
+
+    def _serve(self, listener: socket.socket | None, host: str) -> tuple[Server, Link]:
+        job = self.job
+        coordinator = Coordinator(
+            minimum=self.nodes.minimum,
+            maximum=self.nodes.maximum,
+            fit=job.fit,
+            needs=job.needs,
+            committed=job.committed,
+            budget=Budget(restarts=job.restarts),
         )
-    try:
-        report = json.loads(error_file.read_text())
-        return RankFailed(f"rank {rank}: {report['message']}", report["exit_code"])
-    except (OSError, ValueError, KeyError):
-        return RankFailed(f"rank {rank} ended with exit code {exit_code}; its log is under {logs}", exit_code)
+        server = Server(
+            coordinator=coordinator,
+            listener=listener,
+            host=host,
+            digest=job.digest,
+            log=RunLog(job.folder),
+            monitor=self.monitor,
+        )
+        return server, server.start()
 
+    def _follow(self, link: Link, *, hosts: bool) -> bool:
+        """Obey the coordinator; True when the job is done, False when the coordinator is gone."""
+        link.send(
+            {
+                "type": "join",
+                "host": socket.gethostname(),
+                "slots": self.nodes.slots,
+                "digest": self.job.digest,
+            }
+        )
+        while True:
+            if self._at_once:
+                self._end_ranks()
+                raise RankFailed(f"stopped at once, without a checkpoint: {_AGAIN}", INTERRUPTED)
+            if self._asked and self._ranks is None and time.monotonic() >= self._hear_until:
+                raise Preempted(self._farewell or f"stopped by {self._asked} while no rank ran: {_AGAIN}")
+            ready, _, _ = select.select([link.fileno(), self.zygote.fileno()], [], [], _POLL_S)
+            if self.zygote.fileno() in ready:
+                self.zygote.read(wait=False)
+            try:
+                for message in link.read() if link.fileno() in ready else []:
+                    if self._obey(message):
+                        return True
+            except Closed:
+                self._end_ranks()
+                return False
+            outcome = self._watch()
+            if outcome is not None:
+                leaving = self._asked is not None and not hosts and self.nodes.minimum < self.nodes.maximum
+                told = asdict(replace(outcome, leaving=leaving))
+                link.send({"type": "ended"} | told)
+                if leaving:
+                    raise Preempted(outcome.sentence)
+                if self._asked:  # hear how the others end
+                    self._farewell = outcome.sentence
+                    self._hear_until = time.monotonic() + self.job.grace_s + _HEAR_S
 
-def _leave(exit_code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+    def _obey(self, message: Message) -> bool:
+        """Do as the coordinator says; True if the job is done."""
+        kind = message["type"]
+        if kind == "welcome":
+            self._name = message["name"] if self.nodes.maximum > 1 else ""
+        elif kind == "start":
+            place = Place(**message["place"])
+            sizes = message["sizes"]  # numbers only: nobody else says what runs here
+            argv = [
+                *self.job.argv,
+                *(f"layout.{axis}={int(sizes[axis])}" for axis in _DATA_AXES if axis in sizes),
+            ]
+            self._passed_on, self._failed_at, self._deadline, self._overdue = False, None, None, False
+            watchdog = None if self.job.watch is None else self.job.watch(place)
+            self._ranks = Ranks(
+                zygote=self.zygote, argv=argv, place=place, logs=self.job.folder / "logs", watchdog=watchdog
+            )
+        elif kind == "stop" and self._ranks is not None:
+            if message["how"] == "kill":
+                self._ranks.kill()
+            else:
+                self._ask_ranks(self._ranks)
+        elif kind == "say":
+            self._say(message["sentence"])
+        elif kind == "end":
+            self._end_ranks()
+            if message["exit_code"] == Preempted.exit_code:
+                raise Preempted(message["sentence"])
+            if message["exit_code"]:
+                raise RankFailed(message["sentence"], message["exit_code"])
+            return True
+        return False
 
+    def _watch(self) -> Outcome | None:
+        """See to the ranks; how they ended, once none is left."""
+        ranks = self._ranks
+        if ranks is None:
+            return None
+        if self._asked and not self._passed_on:
+            self._ask_ranks(ranks)
+        failure, preempted = ranks.failure(self._name), ranks.preempted()
+        now = time.monotonic()
+        if preempted is not None and self._deadline is None:  # a rank was asked by somebody else
+            self._deadline = now + self.job.grace_s
+        if failure is not None and not ranks.over:
+            self._failed_at = self._failed_at or now
+            if not failure.consequence or now >= self._failed_at + _CAUSE_WAIT_S:
+                ranks.kill()
+        if self._deadline is not None and now >= self._deadline and not ranks.over:
+            self._overdue = True
+            ranks.kill()
+        if not ranks.over:
+            return None
+        failure, preempted = ranks.failure(self._name), ranks.preempted()
+        codes = ranks.codes
+        ranks.close()
+        self._ranks = None
+        return self._outcome(failure, preempted, done=all(code == 0 for code in codes))
 
-def _die_with_agent() -> None:
-    """Ask Linux to end this rank when its agent dies, so that `kill -9` of the agent leaves no orphans."""
-    if not sys.platform.startswith("linux") or "MUSTER_AGENT" not in os.environ:
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(os.environ["MUSTER_AGENT"]):
-        os._exit(1)  # the agent died before the request was made
+    def _outcome(self, failure: Failure | None, preempted: str | None, *, done: bool) -> Outcome:
+        overdue = f"did not save within {self.job.grace_s:g} s (faults.grace)"
+        if done:
+            return Outcome(kind="done")
+        if self._asked is not None:  # whatever happened, nobody wants a restart now
+            if self._overdue:
+                sentence = f"stopped by {self._asked}, but the ranks {overdue} and were killed: {_AGAIN}"
+            elif failure is not None:
+                sentence = f"stopped by {self._asked} without a checkpoint ({failure.sentence}): {_AGAIN}"
+            else:
+                sentence = preempted or f"stopped by {self._asked}: {_AGAIN}"
+            return Outcome(kind="preempted", sentence=sentence)
+        if failure is not None:
+            return Outcome(kind="failed", failure=failure)
+        if self._overdue:
+            failure = Failure(
+                sentence=f"ranks that were asked to stop {overdue} and were killed", node=self._name
+            )
+            return Outcome(kind="failed", failure=failure)
+        if preempted is not None:
+            return Outcome(kind="preempted", sentence=preempted)
+        return Outcome(kind="stopped")
 
+    def _ask_ranks(self, ranks: Ranks) -> None:
+        self._passed_on = True
+        self._deadline = time.monotonic() + self.job.grace_s
+        ranks.signal(signal.SIGTERM)
 
-def _threads(ranks: int) -> str:
-    from muster.parallel.world import usable_cores
+    def _end_ranks(self) -> None:
+        if self._ranks is None:
+            return
+        self._ranks.kill()
+        while not self._ranks.over:
+            self.zygote.read()
+        self._ranks.close()
+        self._ranks = None
 
-    return str(max(usable_cores() // ranks, 1))
+    def _say(self, sentence: str) -> None:
+        sys.stdout.write(sentence + "\n")
+        sys.stdout.flush()

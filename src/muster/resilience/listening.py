@@ -15,8 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch.distributed as dist
-
 from muster.resilience.beats import Beat
 
 _KEPT = 1024
@@ -34,6 +32,8 @@ class Messages:
         """The entry of the message that the main thread waits for."""
 
     def began(self, work: Any, group: Any, peer: int, tensor: Any, tag: int, *, sends: bool) -> None:
+        import torch.distributed as dist
+
         name = group.group_name
         ranks = self._members.get(name)
         if ranks is None:
@@ -63,6 +63,8 @@ class Messages:
 @contextlib.contextmanager
 def listening(beat: Beat, messages: Messages) -> Iterator[None]:
     """While it lasts, the beat knows when this thread waits for other ranks, and `messages` what it exchanges."""
+    import torch.distributed as dist
+
     main = threading.get_ident()
     honest_wait, group = dist.Work.wait, dist.ProcessGroup
     honest_send, honest_recv = group.send, group.recv

@@ -89,7 +89,8 @@ def _failed(witnesses: Sequence[Witness]) -> Verdict | None:
 
 
 def _killed(witnesses: Sequence[Witness]) -> Verdict | None:
-    ended = [w for w in witnesses if w.failure and (w.failure.exit_code < 0 or w.failure.crash)]
+    ended = [w for w in witnesses if w.failure and w.failure.exit_code < 0]
+    ended = ended or [w for w in witnesses if w.failure and w.failure.crash]
     if not ended:
         return None
     first = ended[0]
@@ -99,7 +100,7 @@ def _killed(witnesses: Sequence[Witness]) -> Verdict | None:
     return Verdict(
         ranks=tuple(w.rank for w in ended),
         cause="killed",
-        sentence=f"{_names(ended)} ended by {name}{doing_what}",
+        sentence=f"{_names(ended)} killed by {name}{doing_what}",
     )
 
 

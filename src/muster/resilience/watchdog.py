@@ -84,15 +84,21 @@ class Watchdog:
         recorder = os.environ.get("TORCH_FR_BUFFER_SIZE", "1024")
         return {BEATS: self._board.path, POST: str(self._post), "TORCH_FR_BUFFER_SIZE": recorder}
 
-    def __enter__(self) -> Watchdog:
+    def start(self) -> None:
         self._thread = threading.Thread(target=self._watch, name="muster-watchdog", daemon=True)
         self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
         self._end.set()
         self._thread.join()
         self._board.close()
+
+    def __enter__(self) -> Watchdog:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def conclude(self, exit_codes: Mapping[int, int]) -> Verdict | None:
         """The verdict on ranks that have all ended, of which some with these exit codes (negative: by a signal)."""

@@ -14,6 +14,10 @@ class Alarm:
         self._every = every
         self._since = time.monotonic()
 
+    def change(self, every: Every) -> None:
+        """Ring at another interval from now on; the time since the last ring counts."""
+        self._every = every
+
     def rings(self, step: int) -> bool:
         """True if due after `step` finished steps; the time starts anew when it rings."""
         if self._every is None:

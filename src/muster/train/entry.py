@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from muster.checkpoint.manifest import write_synced
+from muster.checkpoint import shelf
+from muster.checkpoint.manifest import sum_file, write_synced
+from muster.checkpoint.sealed import SEAL, seal, unseal
 from muster.config import schema
 from muster.config.digest import differences, digest, identity
 from muster.data.progress import Progress
 from muster.errors import UsageError
 from muster.observe.format import count, size
 from muster.observe.records import RunLog
+from muster.parallel.fit import fit, least
 from muster.parallel.memory import estimate
-from muster.parallel.world import join
-from muster.resilience.beats import Beat
+from muster.parallel.world import join, usable_cores
+from muster.resilience.agent import Job
+from muster.resilience.coordinator import Fitted
+from muster.resilience.lifeline import Lifeline
+from muster.resilience.ranks import Place
 from muster.resilience.watchdog import Watchdog
 from muster.train import oom
 from muster.train import plan as planning
@@ -46,9 +54,13 @@ def claim(plan: Plan) -> None:
         "identity": identity(run),
         "base": str(plan.base.resolve()),
         "steps": plan.steps,
+        "files": {
+            f"tokenizer/{path.name}": sum_file(path).sha256
+            for path in sorted((folder / "tokenizer").iterdir())
+        },
     }
-    draft = folder / "run.json.partial"
-    write_synced(draft, json.dumps(content, indent=1).encode())
+    draft = folder / f"run.json.{secrets.token_hex(4)}.partial"  # agents of several nodes may write at once
+    write_synced(draft, seal(json.loads(json.dumps(content))))
     draft.rename(folder / "run.json")
 
 
@@ -56,7 +68,15 @@ def _refuse_foreign(run: schema.Run, folder: Path) -> None:
     record = folder / "run.json"
     if not record.exists():
         return
-    changed = differences(json.loads(record.read_bytes())["identity"], identity(run))
+    try:
+        content = record.read_bytes()
+        plain = json.loads(content)
+        known = (unseal(content) if SEAL in plain else plain)["identity"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(
+            f"{record} is damaged ({error}): delete that file, and this command writes it again"
+        ) from None
+    changed = differences(known, identity(run))
     if changed:
         raise UsageError(
             f"{folder} belongs to a run with another configuration ({'; '.join(changed[:3])}): "
@@ -102,14 +122,51 @@ def _memory(plan: Plan) -> str:
     )
 
 
-def watchdog(plan: Plan) -> Watchdog:
-    """The agent's, which notes in the run's events what it sees."""
-    layout = plan.layout
-    of_stage = layout.world // layout.pipeline
-    log = RunLog(plan.folder)
+def slots() -> int:
+    """Ranks that this machine can hold beside other nodes."""
+    return torch.cuda.device_count() or usable_cores()
+
+
+def job(plan: Plan, argv: Sequence[str], *, alone: bool) -> Job:
+    """What the agent needs to know to keep the ranks of a run going; they are `muster *argv`.
+
+    `alone`: no further node takes part, so the layout is what it is.
+    """
+    run, layout = plan.run, plan.layout
+
+    def fitting(ranks: int) -> Fitted | None:
+        if alone:
+            return Fitted(layout.world, {}, wanted=True)
+        found = fit(run, plan.spec, ranks, cores=usable_cores(), gpus=torch.cuda.device_count())
+        if found is None:
+            return None
+        auto = isinstance(run.layout, str)
+        sizes = {} if auto else {"replicate": found.replicate, "shard": found.shard}
+        return Fitted(found.world, sizes, wanted=not auto and found.world == layout.world)
+
+    return Job(
+        argv=argv,
+        folder=plan.folder,
+        digest=digest(run),
+        fit=fitting,
+        needs=f"this layout needs {least(run.layout)} at least",
+        committed=lambda: max(shelf.steps(plan.folder / "checkpoints"), default=0),
+        restarts=run.faults.restarts,
+        grace_s=run.faults.grace,
+        watch=lambda place: watchdog(plan, place),
+    )
+
+
+def watchdog(plan: Plan, place: Place) -> Watchdog:
+    """Of a set of ranks of a run, in whose events it notes what it sees."""
+    of_stage = place.world // plan.layout.pipeline
+    here = range(place.first, place.first + place.ranks)
+    stages = [range(stage * of_stage, (stage + 1) * of_stage) for stage in range(plan.layout.pipeline)]
 
     def note(kind: str, sentence: str) -> None:
+        log = RunLog(plan.folder)
         log.event(kind, message=sentence)
+        log.close()
         sys.stdout.write(sentence + "\n")
         sys.stdout.flush()
 
@@ -118,19 +175,19 @@ def watchdog(plan: Plan) -> Watchdog:
 
     return Watchdog(
         plan.folder,
-        layout.world,
+        place.ranks,
         hang_after_s=plan.run.faults.hang_after,
-        peers=[range(stage * of_stage, (stage + 1) * of_stage) for stage in range(layout.pipeline)],
+        peers=[[rank for rank in ranks if rank in here] for ranks in stages],
         note=note,
         out_of_memory=out_of_memory,
     )
 
 
-def run_rank(run: schema.Run, *, base: Path, folder: Path, beat: Beat | None = None) -> None:
-    """Join the other ranks and train."""
+def run_rank(run: schema.Run, *, base: Path, folder: Path, lifeline: Lifeline | None = None) -> None:
+    """Join the other ranks and train; without a lifeline nobody can ask this rank to stop."""
     with join() as world:
         plan = planning.make(run, base=base, folder=folder, gpus=torch.cuda.device_count(), ranks=world.size)
         if world.is_first:
             claim(plan)  # nobody has, under `torchrun`
         with Report(plan, world) as report:
-            train(plan, world, report, beat)
+            train(plan, world, report, lifeline or Lifeline())

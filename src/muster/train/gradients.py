@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from muster.parallel.world import World
+
 Named = Sequence[tuple[str, nn.Parameter]]
 """This rank's parameters, each once, by the undivided model's names."""
 
@@ -37,18 +39,30 @@ def clip(named: Named, norm: float, limit: float) -> None:
         torch._foreach_mul_(gradients, limit / norm)
 
 
-def first_bad_parameter(named: Named, all_names: Sequence[str]) -> str:
-    """Name of the first parameter whose gradient holds a nan or inf on any rank; all ranks must call it.
+def where_not_finite(named: Named, all_names: Sequence[str], world: World, loss: float) -> str:
+    """The first parameter whose gradient holds a nan or inf, and the ranks that hold it; all ranks must call it.
 
-    `all_names` are the undivided model's, of which a pipeline rank has some.
+    `all_names` are the undivided model's, of which a pipeline rank has some; `loss` is this rank's share of it,
+    which tells of the rank that it came from where the gradients are summed over many.
     """
     places = {name: index for index, name in enumerate(all_names)}
     found = [(places[name], _local(p.grad)) for name, p in named if p.grad is not None]
     bad = [place for place, grad in found if not bool(torch.isfinite(grad).all())]
     first = torch.tensor(min(bad, default=len(all_names)), device=found[0][1].device)
-    if dist.get_world_size() > 1:
+    if world.size > 1:
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
-    return all_names[int(first)] if int(first) < len(all_names) else "none: only their norm overflowed"
+    holders, origins = _who(int(first) in bad, world), _who(not math.isfinite(loss), world)
+    came = f", and the loss on {origins}" if origins else ""
+    if not holders:
+        return f"no gradient: only their norm overflowed{came}"
+    return f"{all_names[int(first)]} on {holders}{came}"
+
+
+def _who(own: bool, world: World) -> str:
+    """The ranks on which something is so."""
+    found = world.sum(*(own and rank == world.rank for rank in range(world.size)))
+    ranks = [str(rank) for rank, is_so in enumerate(found) if is_so]
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(ranks) if ranks else ""
 
 
 def _copies(tensor: Tensor) -> int:

@@ -6,6 +6,7 @@ Only the first rank's report speaks; on the others every call returns at once.
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -13,12 +14,13 @@ import psutil
 import torch
 
 from muster.comm.traffic import Traffic
+from muster.errors import Preempted
 from muster.observe.format import size
-from muster.observe.peak import gemm_peak_flops
 from muster.observe.progress import RunProgress
 from muster.observe.records import RunLog
 from muster.observe.trackers import Tracker, open_trackers
 from muster.parallel.world import World
+from muster.resilience.sniff import outliers, sniff
 from muster.train.evaluate import Evaluation
 from muster.train.plan import Plan
 from muster.train.trainee import COMPUTE_DTYPE, Update
@@ -30,11 +32,11 @@ class Report:
     def __init__(self, plan: Plan, world: World) -> None:
         self._plan, self._active = plan, world.is_first
         # All ranks measure at once, so that the peak is the machine's as this run shares it.
-        peak = gemm_peak_flops(COMPUTE_DTYPE[plan.run.train.precision], world.device)
-        (self._peak_flops,) = world.sum(peak)
+        self._ranks = sniff(COMPUTE_DTYPE[plan.run.train.precision], world)
+        self._peak_flops = sum(speeds.gemm_flops for speeds in self._ranks)
         self._flops_per_token = plan.spec.flops_per_token(plan.sequence)
         self._device = world.device
-        self._window = _Window()
+        self._window, self._in_spike = _Window(), False
         if self._active:
             self._log = RunLog(plan.folder)
             self._progress = RunProgress(plan.steps)
@@ -50,12 +52,18 @@ class Report:
             "attention": plan.attention,
         }
         self.event("started", step=step, steps=plan.steps, **choices)
+        self.event("speeds", ranks=[asdict(speeds) for speeds in self._ranks])
+        for sentence in outliers(self._ranks):
+            self.note("slow-rank", sentence)
         self._window = _Window()
 
     def step(self, step: int, update: Update) -> None:
         """Count a finished step; every `log_every` steps, say it."""
         self._window.steps += 1
         self._window.tokens += update.tokens
+        if update.spike is not None and not self._in_spike:
+            self.note("spike", f"step {step}: {update.spike}", step=step)
+        self._in_spike = update.spike is not None
         if not self._active or (step % self._plan.run.train.log_every and step != self._plan.steps):
             return
         rate = self._window.tokens / self._window.seconds
@@ -113,7 +121,7 @@ class Report:
         if not self._active:
             return
         if error is not None:
-            self._log.event("failed", error=str(error))
+            self._log.event("preempted" if isinstance(error, Preempted) else "failed", error=str(error))
         self._progress.close()
         for tracker in self._trackers:
             tracker.close()

@@ -16,7 +16,6 @@ from muster.comm.meter import Meter
 from muster.data.dataset import Corpus
 from muster.data.evaluation import EvaluationBatches
 from muster.data.packing import Batch
-from muster.errors import TrainingError
 from muster.model.build import balance_from_config
 from muster.model.folder import open_weights
 from muster.model.transformer import initial_value, parameter_names
@@ -26,6 +25,8 @@ from muster.parallel.mesh import Mesh
 from muster.parallel.model import ParallelModel
 from muster.parallel.world import World
 from muster.resilience.beats import Beat
+from muster.resilience.copies import Copies
+from muster.resilience.guard import BadStep, Fault, Guard
 from muster.train import gradients
 from muster.train.evaluate import Evaluation, evaluate
 from muster.train.forward import to_inputs
@@ -51,6 +52,8 @@ class Update:
     """Valid target tokens of the global batch."""
     expert_load: Tensor | None = None
     """Tokens sent to each expert of each layer, (L, X); None in a model without experts."""
+    spike: str | None = None
+    """How this step stands out from those before it, where it does."""
 
     @property
     def imbalance(self) -> float | None:
@@ -83,6 +86,8 @@ class Trainee:
             compute=COMPUTE_DTYPE[plan.run.train.precision],
             scratch=plan.folder if plan.layout.offload == "disk" else None,
         )
+        self.guard = Guard(plan.run.faults)
+        self._copies = Copies(world)
 
     @explained
     def update(
@@ -92,6 +97,7 @@ class Trainee:
 
         The loss of a step is the summed cross entropy over the global batch divided by its
         valid tokens, never a mean of means, so no layout changes it. A `meter` counts what the passes send.
+        BadStep on all ranks where the guard refuses the step.
         """
         seed_step(self.plan.run.train.seed, step)
         coefficient = (self.balance.coefficient if self.balance else None) or 0.0
@@ -100,14 +106,12 @@ class Trainee:
         self.beat.enter("optimizer")
         load = self.model.take_load()
         named = self.model.named_parameters()
-        total, square = self.world.sum(float(summed), gradients.squared_norm(named, self.mesh.copies_apart))
-        norm = math.sqrt(square)
-        if not math.isfinite(norm):
-            raise TrainingError(
-                f"step {step + 1}: loss {total / tokens:.4g}, gradient norm {norm}: not finite, first in "
-                f"{gradients.first_bad_parameter(named, parameter_names(self.plan.spec))}; "
-                f"lower train.optimizer.lr, or look at this step's data"
-            )
+        share = float(summed)
+        total, square = self.world.sum(share, gradients.squared_norm(named, self.mesh.copies_apart))
+        loss, norm = total / tokens, math.sqrt(square)
+        fault = self.guard.judge(loss, norm)
+        if fault is not None and not fault.tolerated:
+            raise self._refused(step, fault, share)
         train = self.plan.run.train
         if train.optimizer.clip is not None:
             gradients.clip(named + self.model.copies(), norm, train.optimizer.clip)
@@ -115,9 +119,29 @@ class Trainee:
         self.optimizer.step(lr)
         if load is not None and self.balance and self.balance.rate:
             self.model.balance_by_bias(load, self.balance.rate)
+        self.guard.applied(loss, norm)
         return Update(
-            loss=total / tokens, gradient_norm=norm, learning_rate=lr, tokens=tokens, expert_load=load
-        )
+            loss=loss, gradient_norm=norm, learning_rate=lr, tokens=tokens, expert_load=load,
+            spike=None if fault is None else fault.said,
+        )  # fmt: skip
+
+    def _refused(self, step: int, fault: Fault, share: float) -> BadStep:
+        """Drop what a refused step left behind, and say where it went wrong."""
+        named = self.model.named_parameters()
+        where = ""
+        if fault.kind == "nan":
+            names = parameter_names(self.plan.spec)
+            where = f", first in {gradients.where_not_finite(named, names, self.world, share)}"
+        for _, parameter in named + self.model.copies():
+            parameter.grad = None
+        self.model.forget_residuals()
+        return BadStep(f"step {step + 1}: {fault.said}{where}", fault.kind)
+
+    def check_copies(self, step: int) -> None:
+        """Compare the bits of everything that several ranks hold; TrainingError where they differ."""
+        if self.plan.run.faults.checksum_every is not None:
+            named = self._everything().items()
+            self._copies.check([(name.replace(_COPY, ""), tensor) for name, tensor in named], step)
 
     @explained
     def evaluate(self, corpus: Corpus, limit_tokens: int | None = None) -> Evaluation:

@@ -50,7 +50,7 @@ def rank(job: subprocess.Popen[str], number: int) -> psutil.Process:
     return next(
         child
         for child in psutil.Process(job.pid).children(recursive=True)
-        if child.environ().get("RANK") == str(number)
+        if child.name() == f"rank-{number}"
     )
 
 
@@ -60,8 +60,11 @@ def rank(job: subprocess.Popen[str], number: int) -> psutil.Process:
 )
 def test_the_culprit_is_named_last(number: int, sent: signal.Signals, said: str, tmp_path: Path) -> None:
     job = start(tmp_path)
-    rank(job, number).send_signal(sent)
-    _, errors = job.communicate(timeout=60)
+    try:
+        rank(job, number).send_signal(sent)
+        _, errors = job.communicate(timeout=60)
+    finally:
+        job.kill()
     assert job.returncode == 1
     last = errors.strip().splitlines()[-1]
     assert last.startswith("muster: ")

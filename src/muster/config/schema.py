@@ -293,6 +293,10 @@ class Faults:
     """Restarts in a row without a newly committed checkpoint; each new one makes the budget whole again."""
     grace: Seconds = 25.0
     """Time that ranks have to save and leave when the run is stopped (SIGTERM, SIGINT, SIGUSR1)."""
+    hang_after: Seconds = 60.0
+    """When no rank has made any progress for this long, and for three times as long as ever before, the run hangs: the
+    culprit is named in hang-NNNN.md and the ranks are ended. Setting up, the first step and saving may take ten times
+    this. Progress is the pass of a microbatch, or an exchange between ranks."""
     on_nan: Literal["stop", "skip", "rewind"] = "rewind"
     """When the loss or the gradients hold a nan or inf, found before the parameters change. stop: end the run; skip:
     never use that batch again and do the step with the next one; rewind: the same, and where the next batch is bad

@@ -24,6 +24,7 @@ from muster.parallel.layout import Layout
 from muster.parallel.mesh import Mesh, Place
 from muster.parallel.pipeline import Activations, Pipeline
 from muster.parallel.schedules import stages_of_rank
+from muster.parallel.timeline import OnPass, ignore_pass
 
 Named = list[tuple[str, nn.Parameter]]
 _TIED = "embed.weight"
@@ -31,12 +32,20 @@ _TIED = "embed.weight"
 
 class ParallelModel:
     def __init__(
-        self, spec: TransformerSpec, mesh: Mesh, *, sequence: int, compute: torch.dtype, value: Value
+        self,
+        spec: TransformerSpec,
+        mesh: Mesh,
+        *,
+        sequence: int,
+        compute: torch.dtype,
+        value: Value,
+        on_pass: OnPass = ignore_pass,
     ) -> None:
         """Build this rank's part in place, its parameters filled from `value`; matrices compute in `compute`.
 
-        `sequence` is the tokens of one row of the batch.
+        `sequence` is the tokens of one row of the batch. `on_pass` is called when a pass of a microbatch begins.
         """
+        self._on_pass = on_pass
         self.mesh, self._spec = mesh, spec
         self._parts: dict[int, Transformer] = {}
         for index, layers in layers_of_rank(spec, mesh.layout, mesh.place, sequence).items():
@@ -45,7 +54,7 @@ class ParallelModel:
             apply(self._parts[index], mesh, compute=compute, value=value)
         groups = mesh.groups if mesh.layout.sync is None else {}  # else nothing is reduced over copies here
         self._compression = [compress(part, mesh.layout.compress, groups) for part in self._parts.values()]
-        self._pipeline = _pipeline(self._parts, spec, mesh, sequence, compute)
+        self._pipeline = _pipeline(self._parts, spec, mesh, sequence, compute, on_pass)
 
     def named_parameters(self) -> Named:
         """What this rank holds, each parameter once over all ranks of the pipeline, by the undivided model's names."""
@@ -92,7 +101,9 @@ class ParallelModel:
         total = torch.zeros((), device=self.mesh.device)
         for index, inputs in enumerate(microbatches):
             data.begin_microbatch(model, layout, is_last=index == len(microbatches) - 1)
+            self._on_pass("forward")
             loss = model(inputs.tokens, **inputs.named())
+            self._on_pass("backward")
             (loss * scale).backward()
             total += loss.detach()
         return total * self.mesh.counts_loss
@@ -172,7 +183,12 @@ def layers_of_rank(spec: TransformerSpec, layout: Layout, place: Place, sequence
 
 
 def _pipeline(
-    parts: dict[int, Transformer], spec: TransformerSpec, mesh: Mesh, sequence: int, compute: torch.dtype
+    parts: dict[int, Transformer],
+    spec: TransformerSpec,
+    mesh: Mesh,
+    sequence: int,
+    compute: torch.dtype,
+    on_pass: OnPass,
 ) -> Pipeline | None:
     layout = mesh.layout
     if layout.pipeline == 1:
@@ -190,4 +206,5 @@ def _pipeline(
             divided=layout.tensor if layout.sequence_parallel else 1,
         ),
         group=mesh.groups["pipeline"],
+        on_pass=on_pass,
     )

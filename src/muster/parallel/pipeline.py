@@ -24,7 +24,7 @@ from muster.model.transformer import positions_in_document
 from muster.parallel.inputs import Inputs
 from muster.parallel.schedules import SCHEDULES, rank_of_stage
 from muster.parallel.simulate import Operation
-from muster.parallel.timeline import Clock, RecordedStage, Recorder
+from muster.parallel.timeline import Clock, OnPass, RecordedStage, Recorder, ignore_pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +55,7 @@ class Pipeline:
         tokens: int,
         activations: Activations,
         group: dist.ProcessGroup,
+        on_pass: OnPass = ignore_pass,
     ) -> None:
         """`stages` by their index (`schedules.stages_of_rank`); a step has `microbatches` of `rows` sequences of
         `tokens` tokens. There must be no `schedules.schedule_problems`."""
@@ -66,6 +67,8 @@ class Pipeline:
         self._loss_scale = 1.0
         self._losses: list[Tensor] = []
         self._torch_stages = [self._torch_stage(index) for index in self._stages]
+        for stage in self._torch_stages:
+            stage.on_pass = on_pass
         self._schedule: Any = get_schedule_class(SCHEDULES[schedule].torch_name)(
             self._torch_stages if SCHEDULES[schedule].stages_per_rank > 1 else self._torch_stages[0],
             microbatches,

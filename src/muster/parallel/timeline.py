@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
 from muster.parallel.simulate import Kind, Operation
+
+OnPass = Callable[[Literal["forward", "backward"]], None]
+"""Told on every rank when a pass of a microbatch begins, by whoever wants to know how far a step is."""
+
+
+def ignore_pass(_: Literal["forward", "backward"]) -> None:
+    pass
 
 
 class Clock:
@@ -69,21 +76,28 @@ class Recorder:
 
 
 class RecordedStage(PipelineStage):
-    """Torch's stage; while `recorder` is set, it is told of every operation. Sends views as well."""
+    """Torch's stage; while `recorder` is set, it is told of every operation. Sends views as well.
+
+    `on_pass` is always called, with the name of the pass that begins.
+    """
 
     recorder: Recorder | None = None
+    on_pass: OnPass = staticmethod(ignore_pass)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.on_pass("forward")
         with self._measure("F", fwd_chunk_id):
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> Any:
+        self.on_pass("backward")
         with self._measure("B" if full_backward else "I", bwd_chunk_id):
             return super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> Any:
+        self.on_pass("backward")
         with self._measure("W", bwd_chunk_id):
             return super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 

@@ -26,6 +26,7 @@ from muster.resilience.coordinator import Coordinator, Fitted, Outcome
 from muster.resilience.lifeline import INTERRUPTED, STOP_SIGNALS
 from muster.resilience.ranks import Place, Ranks, Zygote
 from muster.resilience.rendezvous import Closed, Link, Message, Monitor, Server, connect, listen
+from muster.resilience.watchdog import Watchdog
 
 _POLL_S = 0.05
 _CAUSE_WAIT_S = 1.0
@@ -60,6 +61,8 @@ class Job:
     """See `Coordinator` for these three."""
     restarts: int
     grace_s: float
+    watch: Callable[[Place], Watchdog] | None = None
+    """Makes the watchdog of a set of ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +219,10 @@ class _Agent:
                 *(f"layout.{axis}={int(sizes[axis])}" for axis in _DATA_AXES if axis in sizes),
             ]
             self._passed_on, self._failed_at, self._deadline, self._overdue = False, None, None, False
-            self._ranks = Ranks(zygote=self.zygote, argv=argv, place=place, logs=self.job.folder / "logs")
+            watchdog = None if self.job.watch is None else self.job.watch(place)
+            self._ranks = Ranks(
+                zygote=self.zygote, argv=argv, place=place, logs=self.job.folder / "logs", watchdog=watchdog
+            )
         elif kind == "stop" and self._ranks is not None:
             if message["how"] == "kill":
                 self._ranks.kill()

@@ -18,7 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from muster.errors import CheckpointError, DoesNotFit, MusterError, ParityError, UsageError
+from muster.errors import CheckpointError, DoesNotFit, MusterError, ParityError, Preempted, UsageError
+from muster.resilience.beats import Beat
+from muster.resilience.watched import Watched
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 STEP_FILE = "MUSTER_STEP_FILE"
@@ -41,6 +43,7 @@ class Lifeline:
         self._file = None if step_file is None else os.open(step_file, os.O_WRONLY | os.O_CREAT, 0o644)
         self.signal: str | None = None
         """Name of the signal that has asked this rank to stop."""
+        self.beat = Beat()
 
     @property
     def asked(self) -> bool:
@@ -79,8 +82,11 @@ def reported() -> Iterator[Lifeline]:
     """
     lifeline = Lifeline(os.environ.get(STEP_FILE))
     lifeline.install()
+    watched = Watched()
+    lifeline.beat = watched.beat
     try:
-        yield lifeline
+        with watched.listening():
+            yield lifeline
     except Exception as error:
         target = os.environ.get(ERROR_FILE)
         if target is None:
@@ -95,7 +101,10 @@ def reported() -> Iterator[Lifeline]:
             "time": time.time(),
         }
         Path(target).write_text(json.dumps(note))
+        if not isinstance(error, Preempted):
+            watched.failed(str(note["message"]), int(str(note["exit_code"])))
         _leave(int(str(note["exit_code"])))
+    lifeline.beat.enter("done")
     _leave(0)
 
 

@@ -23,6 +23,8 @@ from typing import Any
 from muster.errors import Preempted, TrainingError
 from muster.resilience.budget import Failure
 from muster.resilience.lifeline import ERROR_FILE, STEP_FILE, read_step
+from muster.resilience.verdict import Verdict
+from muster.resilience.watchdog import Watchdog
 
 _MESSAGE_LIMIT = 16_000
 """Characters of a traceback that travel; its end says most."""
@@ -133,6 +135,8 @@ class Ranks:
     place: Place
     logs: Path
     """Folder for the output of all ranks but the first of the world, which keeps the terminal."""
+    watchdog: Watchdog | None = None
+    """Watches while they run; its verdict explains their end."""
     _notes: Path = field(init=False)
     _asked: list[int] = field(init=False)
     _killed: set[int] = field(default_factory=set, init=False)
@@ -142,6 +146,8 @@ class Ranks:
         self.logs.mkdir(parents=True, exist_ok=True)
         self._notes = Path(tempfile.mkdtemp(prefix="muster-ranks-"))
         self._asked = [self._start(local) for local in range(self.place.ranks)]
+        if self.watchdog is not None:
+            self.watchdog.start()
 
     @property
     def over(self) -> bool:
@@ -177,6 +183,8 @@ class Ranks:
         A signal from outside comes first, then the earliest error that is not a mere consequence of a peer's death.
         """
         found = []
+        if self.watchdog is not None and self.watchdog.verdict is not None:
+            return self._judged(self.watchdog.verdict, node)
         for local, code in enumerate(self.codes):
             if code in (None, 0, Preempted.exit_code) or (local in self._killed and code == -signal.SIGKILL):
                 continue
@@ -184,6 +192,10 @@ class Ranks:
             note = self._note(local) if code > 0 else {}
             order = (code > 0, bool(note.get("consequence", False)), float(note.get("time", 0.0)))
             found.append((order, self._explain(local, code, note, node)))
+        if found and self.watchdog is not None:
+            killed = {f.rank: -signal.Signals[f.signal] for _, f in found if f.signal and f.rank is not None}
+            if killed and (verdict := self.watchdog.conclude(killed)) is not None:
+                return self._judged(verdict, node)
         return min(found, key=lambda one: one[0])[1] if found else None
 
     def preempted(self) -> str | None:
@@ -197,7 +209,26 @@ class Ranks:
         """Forget the set once it is over."""
         for asked in self._asked:
             self.zygote.forget(asked)
+        if self.watchdog is not None:
+            self.watchdog.stop()
         shutil.rmtree(self._notes, ignore_errors=True)
+
+    def _judged(self, verdict: Verdict, node: str) -> Failure:
+        rank = verdict.ranks[0] if verdict.ranks else None
+        local = None if rank is None else rank - self.place.first
+        code = None if local is None else self.codes[local]
+        by_signal = verdict.cause == "killed" and code is not None and code < 0
+        note = self._note(local) if local is not None and verdict.cause == "failed" else {}
+        return Failure(
+            node=node,
+            rank=rank,
+            signal=signal.Signals(-code).name if by_signal and code else None,
+            sentence=(f"{node}: " if node else "") + verdict.sentence[-_MESSAGE_LIMIT:],
+            exit_code=verdict.exit_code,
+            step=self.step,
+            certain=bool(note.get("certain", verdict.exit_code in (2, 3, 4))),
+            consequence=verdict.cause in ("elsewhere", "unknown"),
+        )
 
     def _start(self, local: int) -> int:
         place = self.place
@@ -215,6 +246,7 @@ class Ranks:
             "MASTER_PORT": str(place.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": str(place.attempt),
+            **({} if self.watchdog is None else self.watchdog.environment),
             ERROR_FILE: str(self._notes / f"{local}.json"),
             STEP_FILE: str(self._step_file(local)),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,12 +18,16 @@ from muster.config.digest import differences, digest, identity
 from muster.data.progress import Progress
 from muster.errors import UsageError
 from muster.observe.format import count, size
+from muster.observe.records import RunLog
 from muster.parallel.fit import fit, least
 from muster.parallel.memory import estimate
 from muster.parallel.world import join, usable_cores
 from muster.resilience.agent import Job
 from muster.resilience.coordinator import Fitted
 from muster.resilience.lifeline import Lifeline
+from muster.resilience.ranks import Place
+from muster.resilience.watchdog import Watchdog
+from muster.train import oom
 from muster.train import plan as planning
 from muster.train.loop import train
 from muster.train.plan import Plan
@@ -151,6 +156,33 @@ def job(plan: Plan, argv: Sequence[str], *, alone: bool) -> Job:
         committed=lambda: max(shelf.steps(plan.folder / "checkpoints"), default=0),
         restarts=run.faults.restarts,
         grace_s=run.faults.grace,
+        watch=lambda place: watchdog(plan, place),
+    )
+
+
+def watchdog(plan: Plan, place: Place) -> Watchdog:
+    """Of a set of ranks of a run, in whose events it notes what it sees."""
+    of_stage = place.world // plan.layout.pipeline
+    here = range(place.first, place.first + place.ranks)
+    stages = [range(stage * of_stage, (stage + 1) * of_stage) for stage in range(plan.layout.pipeline)]
+
+    def note(kind: str, sentence: str) -> None:
+        log = RunLog(plan.folder)
+        log.event(kind, message=sentence)
+        log.close()
+        sys.stdout.write(sentence + "\n")
+        sys.stdout.flush()
+
+    def out_of_memory(rank: int, held_bytes: int) -> str:
+        return oom.report(plan, rank=rank, on_gpu=False, total_bytes=held_bytes)
+
+    return Watchdog(
+        plan.folder,
+        place.ranks,
+        hang_after_s=plan.run.faults.hang_after,
+        peers=[[rank for rank in ranks if rank in here] for ranks in stages],
+        note=note,
+        out_of_memory=out_of_memory,
     )
 
 

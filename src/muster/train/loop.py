@@ -27,7 +27,7 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
 
     Preempted, after a checkpoint, when a rank is asked to stop.
     """
-    trainee = Trainee(plan, world)
+    trainee = Trainee(plan, world, lifeline.beat)
     begun = step = saves.resume(trainee, plan, world, report)
     if step == 0:
         origin.begin(trainee, plan, world, report)
@@ -40,7 +40,9 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
     gc.disable()  # a collection in the middle of one rank's step would make every other rank wait
 
     while step < plan.steps:
+        trainee.beat.step(step + 1)
         batches = microbatches(sampler, plan, trainee.mesh.data_index, trainee.guard.batch_of(step))
+        trainee.beat.enter("exchange")
         # One small exchange a step: the size of the batch, what the first rank's clock says is due, whether any
         # rank was asked to stop, and how saving goes.
         tokens, evaluate_now, stop_now, *save_votes = trainee.sync.agree(
@@ -50,7 +52,8 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
             lifeline.asked,
             *saver.votes(step),
         )
-        saver.after(step, save_votes)
+        if not stop_now:  # else the save after this step is the one that counts, and time is short
+            saver.after(step, save_votes)
         # The second step is like all that follow; in the first, much is done once.
         meter = Meter(trainee.mesh.groups) if step == begun + 1 and world.size > 1 else None
         try:

@@ -123,7 +123,7 @@ class Saver:
         """What has begun, and as far as this rank has learnt is not yet written by all."""
         self._committing: _Flight | None = None
         """What all have written; on the first rank only."""
-        self._committed = self._begun_at = step
+        self._committed = self._asked = step
         self._why = "a rank could not write its part"
         self._score: tuple[int, float] | None = None
         shelved = [earlier for earlier in shelf.steps(self._shelf) if earlier <= step]
@@ -133,8 +133,11 @@ class Saver:
 
     def votes(self, step: int) -> tuple[float, float, float]:
         """This rank's part of the exchange after `step`: a save is due, is being written, has failed."""
-        if self._world.is_first and step != self._begun_at and self._pace.rings(step):
+        if (
+            self._world.is_first and step != self._asked and self._pace.rings(step)
+        ):  # once, if a step is repeated
             self._due = True
+        self._asked = step
         return float(self._due), float(self._work.busy), float(self._work.failed)
 
     def scored(self, step: int, evaluation: Evaluation) -> None:
@@ -184,6 +187,7 @@ class Saver:
 
     def drain(self) -> None:
         """Wait until nothing is in flight on any rank. All ranks must call."""
+        self._trainee.beat.enter("save")
         self._work.wait()
         if self._writing is not None:
             (failures,) = self._world.sum(self._work.failed)
@@ -198,6 +202,7 @@ class Saver:
         """Copy this rank's shards and start writing them."""
         self._trainee.check_copies(step)  # so that no checkpoint holds what its copies contradict
         begun = time.perf_counter()
+        self._trainee.beat.enter("save")
         self._due = self._put_off = False
         refusal: OSError | None = None
         if self._world.is_first:

@@ -24,11 +24,13 @@ from muster.parallel.inputs import Inputs
 from muster.parallel.mesh import Mesh
 from muster.parallel.model import ParallelModel
 from muster.parallel.world import World
+from muster.resilience.beats import Beat
 from muster.resilience.copies import Copies
 from muster.resilience.guard import BadStep, Fault, Guard
 from muster.train import gradients
 from muster.train.evaluate import Evaluation, evaluate
 from muster.train.forward import to_inputs
+from muster.train.oom import explained
 from muster.train.optimizer import make_optimizer
 from muster.train.plan import Training
 from muster.train.schedule import learning_rate
@@ -64,8 +66,10 @@ class Update:
 
 
 class Trainee:
-    def __init__(self, plan: Training, world: World) -> None:
+    @explained
+    def __init__(self, plan: Training, world: World, beat: Beat | None = None) -> None:
         self.plan, self.world = plan, world
+        self.beat = beat or Beat()
         self.mesh = Mesh(plan.layout, world.device)
         self.balance = balance_from_config(plan.run.train.balance, plan.spec)
         self.model = ParallelModel(
@@ -74,6 +78,7 @@ class Trainee:
             sequence=plan.sequence,
             compute=COMPUTE_DTYPE[plan.run.train.precision],
             value=_first_values(plan),
+            on_pass=self.beat.enter,
         )
         copies = {_COPY + name: copy for name, copy in self.model.copies()}
         self.optimizer = make_optimizer(
@@ -93,6 +98,7 @@ class Trainee:
             is_told=lambda step: step % plan.run.train.log_every == 0 or step == plan.steps,
         )
 
+    @explained
     def update(
         self, step: int, batches: Sequence[Batch], tokens: int, *, meter: Meter | None = None
     ) -> Update:
@@ -108,6 +114,7 @@ class Trainee:
             summed = self.model.train(
                 [self._inputs(batch) for batch in batches], self.sync.summed / tokens, coefficient
             )
+        self.beat.enter("optimizer")
         load = self.model.take_load()
         self.sync.exchange()
         named, together, share = self.model.named_parameters(), self.mesh.together, float(summed)
@@ -150,6 +157,7 @@ class Trainee:
             named = self._own().items()
             self._copies.check([(name.replace(_COPY, ""), tensor) for name, tensor in named], step)
 
+    @explained
     def evaluate(self, corpus: Corpus, limit_tokens: int | None = None) -> Evaluation:
         """Score the held-out documents of a corpus, or their first `limit_tokens`."""
         layout = self.plan.layout
@@ -158,7 +166,7 @@ class Trainee:
         )
         with self.sync.evaluating():
             evaluation = evaluate(
-                lambda some: self.model.score([self._inputs(batch) for batch in some]),
+                self._score,
                 batches,
                 self.world,
                 part=self.mesh.data_index,
@@ -168,6 +176,10 @@ class Trainee:
             )
             self.model.rest()
         return evaluation
+
+    def _score(self, batches: Sequence[Batch]) -> Tensor:
+        self.beat.enter("evaluate")
+        return self.model.score([self._inputs(batch) for batch in batches])
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds of this rank as tensors, by name; of second copies the first one's."""

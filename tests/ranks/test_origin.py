@@ -61,6 +61,7 @@ def first_state(run: dict[str, Any], base: str, folder: str) -> dict[str, Any]:
         with Report(plan, world) as report:
             trainee = Trainee(plan, world)
             assert saves.resume(trainee, plan, world, report) == 0
+            origin.begin(trainee, plan, world, report)
         saved = Path(folder) / "first"
         saved.mkdir(exist_ok=True)
         state = trainee.state() if trainee.mesh.is_first_copy else {}

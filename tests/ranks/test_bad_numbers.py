@@ -192,11 +192,11 @@ def train_poisoned_and_die(run: dict[str, Any], base: str, folder: str) -> None:
 
 
 def test_a_spike_is_skipped_where_the_run_file_says_so(corpus: Path, run_ranks: Any, tmp_path: Path) -> None:
-    run = run_of({"replicate": 2}, on_spike="skip")
-    run["train"] = run["train"] | {"tokens": 40 * 256, "log_every": 40}
-    run_ranks(2, train_spiking, run, str(corpus), str(tmp_path / "bad"))
+    run = run_of({}, on_spike="skip")
+    run["train"] = run["train"] | {"tokens": 36 * 256, "log_every": 36}
+    run_ranks(1, train_spiking, run, str(corpus), str(tmp_path / "bad"))
     (event,) = events(tmp_path / "bad", "batches-withdrawn")
-    assert (event["fault"], event["first"], event["step"]) == ("spike", 35, 35)
+    assert (event["fault"], event["first"], event["step"]) == ("spike", 34, 34)
     assert "gradient norm" in event["message"]
 
 
@@ -210,7 +210,7 @@ def train_spiking(run: dict[str, Any], base: str, folder: str) -> None:
         return deal(sampler, plan, part, batch)
 
     def squared_norm(named: Any, *rest: Any) -> float:
-        return measure(named, *rest) * (1e6 if dealt[0] == 35 else 1)
+        return measure(named, *rest) * (1e6 if dealt[0] == 34 else 1)
 
     loop.microbatches, gradients.squared_norm = microbatches, squared_norm
     train_here(run, base, folder)

@@ -1,0 +1,151 @@
+"""The table of promises about faults: each put to the test with real processes, signals and files.
+
+    python benchmarks/faults.py [--full] [--only WORDS] [--json FILE]
+
+The short form takes some minutes and runs a few trials of each; `--full` runs as many as the promises are worth
+(hundreds of kills, a thousand flipped bits), which takes an hour. A row that is not kept says what happened, and the
+exit code is 1. What each trial does is told by the module that it is in: faults_checkpoint.py, faults_hang.py,
+faults_numbers.py and faults_restart.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import cells
+import faults_checkpoint
+import faults_hang
+import faults_numbers
+import faults_restart
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One promise, and what became of it."""
+
+    promise: str
+    trials: int
+    kept: int
+    said: str = ""
+    """A figure, or what happened where it was not kept."""
+
+
+Trials = Callable[[Path, bool], Iterator[Row]]
+"""Yields rows, given a scratch folder and whether the full form is asked for."""
+
+
+def checkpoints(scratch: Path, full: bool) -> Iterator[Row]:
+    """Nothing that happens to a save or to a file harms a run unseen."""
+    from muster.cli._verify import damage
+
+    multiprocessing.set_forkserver_preload(["muster.checkpoint.state", "torch._dynamo"])
+    series = {
+        "a crash at every call of a save leaves a sound checkpoint": lambda: (
+            faults_checkpoint.crash_at_every_call(scratch)
+        ),
+        "kill -9 at any moment of saving leaves a sound checkpoint": lambda: faults_checkpoint.kill_at_random(
+            scratch, 200 if full else 10, seed=0
+        ),
+        "a flipped bit is found and its file named": lambda: faults_checkpoint.flip_bits(
+            scratch / "prepared" / "step-00000002", 1000 if full else 50, 0, damage
+        ),
+    }
+    for promise, run in series.items():
+        outcome = run()
+        bad = outcome.unloadable
+        yield Row(promise, outcome.trials, outcome.trials - len(bad), bad[0] if bad else "")
+
+
+def hangs(scratch: Path, full: bool) -> Iterator[Row]:
+    """The rank that stopped, skipped, mismatched or failed is named."""
+    chance = random.Random(0)
+    kinds = {
+        "stop": "SIGSTOP",
+        "mismatch": "a mismatched collective",
+        "shape": "a wrong shape",
+        "skip": "a skipped collective",
+        "kill": "kill -9",
+    }
+    for kind, what in kinds.items():
+        done = []
+        for number in range(100 if full else 3):
+            folder = scratch / f"{kind}-{number}"
+            folder.mkdir()
+            fault = faults_hang.draw(kind, 3, chance)
+            done.append(faults_hang.trial(fault, ranks=3, folder=folder, hang_after_s=2.0))
+        slowest = max(trial.seconds for trial in done)
+        yield Row(
+            f"{what}: the culprit is named",
+            len(done),
+            sum(trial.named for trial in done),
+            f"within {slowest:.1f} s (hang_after 2 s)",
+        )
+
+
+def numbers(scratch: Path, full: bool) -> Iterator[Row]:
+    """A nan and a flipped bit are found in their step, and named."""
+    for kind, promise in (
+        ("poison", "a nan in one gradient: found in its step, parameter and rank named"),
+        ("flip", "a flipped bit in one copy: found at the next comparison, parameter and ranks named"),
+    ):
+        found = [faults_numbers.trial(kind, seed, scratch) for seed in range(20 if full else 3)]
+        missed = [said for said in found if said is not None]
+        yield Row(promise, len(found), len(found) - len(missed), missed[0] if missed else "")
+
+
+def restarts(scratch: Path, full: bool) -> Iterator[Row]:
+    """A killed rank costs a restart, and the losses stay what they were."""
+    done, equal = faults_restart.trials(scratch, 30 if full else 3, seed=0)
+    seconds = [restart.committed_s for restart in done]
+    yield Row(
+        "kill -9 of a rank: the loss curve equals the undisturbed one, bit for bit",
+        len(done),
+        len(done) * equal,
+        f"next step committed after p50 {statistics.median(seconds):.1f} s, "
+        f"p99 {faults_restart.quantile(seconds, 0.99):.1f} s",
+    )
+
+
+ALL: dict[str, Trials] = {
+    "checkpoints": checkpoints,
+    "hangs": hangs,
+    "numbers": numbers,
+    "restarts": restarts,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--full", action="store_true", help="as many trials as the promises are worth")
+    parser.add_argument("--only", nargs="+", choices=ALL, default=list(ALL))
+    parser.add_argument("--json", type=Path, help="also write the rows there")
+    asked = parser.parse_args()
+    rows = []
+    for name in asked.only:
+        begun = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="muster-faults-") as scratch:
+            for row in ALL[name](Path(scratch), asked.full):
+                rows.append(row)
+                print(f"{row.promise:88}{row.kept:6} of {row.trials:<5} {row.said}", flush=True)
+        print(f"({name}: {time.perf_counter() - begun:.0f} s)", flush=True)
+    if asked.json:
+        result = {"machine": cells.machine(), "date": date.today().isoformat(), "full": asked.full}
+        asked.json.write_text(json.dumps(result | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    sys.exit(any(row.kept < row.trials for row in rows))
+
+
+if __name__ == "__main__":
+    main()

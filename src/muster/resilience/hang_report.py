@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +16,19 @@ _TAIL = 24
 
 def write(folder: Path, verdict: Verdict, witnesses: Sequence[Witness], *, stalled_s: float) -> Path:
     """Write the next `hang-NNNN.md` of a run; returns its path."""
+    content = text(verdict, witnesses, stalled_s=stalled_s, when=time.strftime("%Y-%m-%d %H:%M:%S"))
     number = 1 + max((int(path.stem[5:]) for path in folder.glob("hang-[0-9][0-9][0-9][0-9].md")), default=0)
-    path = folder / f"hang-{number:04d}.md"
-    draft = path.with_suffix(".partial")
-    draft.write_text(text(verdict, witnesses, stalled_s=stalled_s, when=time.strftime("%Y-%m-%d %H:%M:%S")))
-    draft.rename(path)
-    return path
+    draft = folder / f"hang.{secrets.token_hex(4)}.partial"
+    draft.write_text(content)
+    while True:
+        path = folder / f"hang-{number:04d}.md"
+        try:
+            os.link(draft, path)  # unlike a rename, never over the report of another node
+        except FileExistsError:
+            number += 1
+            continue
+        draft.unlink()
+        return path
 
 
 def text(verdict: Verdict, witnesses: Sequence[Witness], *, stalled_s: float, when: str) -> str:

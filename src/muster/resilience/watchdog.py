@@ -50,20 +50,25 @@ class Watchdog:
         ranks: int,
         *,
         hang_after_s: float,
+        first: int = 0,
         peers: Sequence[Sequence[int]] = (),
         note: Callable[[str, str], None] | None = None,
         out_of_memory: Callable[[int, int], str] | None = None,
     ) -> None:
-        """`folder` is the run's, for reports. `peers` are the sets of ranks that have equal work: when one of them
-        becomes slow, `note` is called with an event's kind and a sentence. `out_of_memory` explains, by a rank's number
-        and the bytes that it held, why the kernel ended it."""
+        """Of `ranks` local ranks from number `first` on. `folder` is the run's, for reports.
+
+        `peers` are the sets of ranks that have equal work: when one of them becomes slow, `note` is called with an
+        event's kind and a sentence. `out_of_memory` explains, by a rank's number and the bytes that it held, why the
+        kernel ended it.
+        """
         self._folder, self._ranks, self._hang_after_s = folder, ranks, hang_after_s
         self._note, self._out_of_memory = note, out_of_memory
         self._slow = SlowRanks(peers)
         self._oom_kills = oom_kills()
         self._resident: dict[int, int] = {}
         self._looked = 0.0
-        self._post = (folder / "logs" / "watch").resolve()
+        # Of its own, because nodes may share the folder.
+        self._post = (folder / "logs" / f"watch-{first:05d}").resolve()
         shutil.rmtree(self._post, ignore_errors=True)
         self._post.mkdir(parents=True)
         self._board = Board(ranks)

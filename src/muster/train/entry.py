@@ -180,6 +180,7 @@ def watchdog(plan: Plan, place: Place) -> Watchdog:
         plan.folder,
         place.ranks,
         hang_after_s=plan.run.faults.hang_after,
+        first=place.first,
         peers=[[rank for rank in ranks if rank in here] for ranks in stages],
         note=note,
         out_of_memory=out_of_memory,

@@ -114,7 +114,8 @@ class Groups:
         if group.processes:
             ended = [(rank, code) for rank, p in enumerate(group.processes) if (code := p.poll()) is not None]
             if ended:
-                rank, code = ended[0]
+                # One that was killed comes first: the others end because of it.
+                rank, code = min(ended, key=lambda one: one[1] >= 0)
                 self._bury(group, self._epitaph(group, rank, code))
         elif time.monotonic() >= group.not_before and group.starts < _STARTS_WITHOUT_A_STEP:
             self._launch(group)

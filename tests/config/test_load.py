@@ -126,6 +126,7 @@ def test_one_fault_is_one_sentence(problems, old: str, new: str, said: str) -> N
         ("swarm: {peers: 3}", "swarm: not in this version of muster: remove it"),
         ("faults: {restarts: -1}", "faults.restarts: should be at least 0 (got -1)"),
         ("faults: {hang_after: 0s}", "faults.hang_after: should be more than 0 (got '0s')"),
+        ("faults: {timeouts: {vote: 10s}}", "faults.timeouts: collective (30 s) must be shorter than vote (10 s), which waits for it: lower collective, or raise vote"),
         ("faults: {grace: 0s}", "faults.grace: should be more than 0 (got '0s')"),
         ("faults: {on_nan: rewnd}", "faults.on_nan: should be stop, skip or rewind (got 'rewnd') - did you mean 'rewind'?"),
         ("track: wandb", "track: should be a list, such as [a, b] (got 'wandb')"),

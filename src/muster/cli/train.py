@@ -66,10 +66,19 @@ def train(
         for line in entry.describe(plan):
             sys.stdout.write(line + "\n")
         sys.stdout.flush()
+        argv = ["train", str(run_file), "--runs", str(runs), *overrides]
+        if run.faults.elastic:
+            if address is not None:
+                raise UsageError(
+                    "faults.elastic works on one machine as yet: leave out --nodes and --rendezvous"
+                )
+            from muster.resilience.groups import start_groups
+
+            copies = plan.layout.replicate
+            start_groups(argv, copies, plan.layout.world // copies, folder, run.faults.timeouts, zygote)
+            return
         slots = plan.layout.world if address is None else ranks_per_node or entry.slots()
-        job = entry.job(
-            plan, ["train", str(run_file), "--runs", str(runs), *overrides], alone=address is None
-        )
+        job = entry.job(plan, argv, alone=address is None)
         start_ranks(job, Nodes(minimum=least, maximum=most, rendezvous=address, slots=slots), zygote)
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Tag, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
+from muster.config.faults import Faults as Faults
 from muster.config.fields import STRICT, Flag, ListOrText, Number, Positive, SectionOrWord
 from muster.config.layout import Layout as Layout
 from muster.config.sync import Sync as Sync
@@ -286,32 +287,6 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class Faults:
-    """What is done when something fails, goes wrong in a step, or is stopped."""
-
-    restarts: Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)] = 10
-    """Restarts in a row without a newly committed checkpoint; each new one makes the budget whole again."""
-    grace: Seconds = 25.0
-    """Time that ranks have to save and leave when the run is stopped (SIGTERM, SIGINT, SIGUSR1)."""
-    hang_after: Seconds = 60.0
-    """When no rank has made any progress for this long, and for three times as long as ever before, the run hangs: the
-    culprit is named in hang-NNNN.md and the ranks are ended. Setting up, the first step and saving may take ten times
-    this. Progress is the pass of a microbatch, or an exchange between ranks."""
-    on_nan: Literal["stop", "skip", "rewind"] = "rewind"
-    """When the loss or the gradients hold a nan or inf, found before the parameters change. stop: end the run; skip:
-    never use that batch again and do the step with the next one; rewind: the same, and where the next batch is bad
-    too, so that the parameters are to blame, go back to the newest checkpoint and use none of the batches since.
-    After 3 bad steps in a row or 20 in all the run stops. rewind is the default: one bad batch costs one step, and
-    only what cannot be mended stops a run. Under train.sync a bad step always stops it."""
-    on_spike: Literal["note", "stop", "skip", "rewind"] = "note"
-    """When the loss or the gradient norm stands far above the last 64 steps. note: only tell, because most spikes
-    pass by themselves; the others as for on_nan."""
-    checksum_every: Positive | None = 100
-    """Steps between two comparisons of the bits of all copies of parameters and optimizer state, which also come
-    before each checkpoint; null for none. What one rank alone holds (shard without replicate) has no copy."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class Parity:
     """How far an export's numbers may be from ours."""
 
@@ -384,6 +359,32 @@ class Run:
         if self.checkpoint.keep_best and self.data.held_out == 0:
             raise ValueError(
                 "checkpoint.keep_best needs held-out documents, but data.held_out is 0: set it, for example to 2%"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> Run:
+        if not self.faults.elastic:
+            return self
+        if isinstance(self.layout, str) or self.layout.replicate == 1:
+            raise ValueError(
+                "faults.elastic: the groups are the copies of layout.replicate, of which there is no more than one: "
+                "write layout: {replicate: 2} or more"
+            )
+        if self.train.sync is not None:
+            raise ValueError(
+                f"faults.elastic: groups sum their gradients every step, and train.sync.kind: {self.train.sync.kind} "
+                f"does not: remove one of them"
+            )
+        if self.faults.on_nan != "stop" or self.faults.on_spike not in ("note", "stop"):
+            raise ValueError(
+                f"faults.elastic: groups cannot skip or take back a step yet, so on_nan: {self.faults.on_nan} and "
+                f"on_spike: {self.faults.on_spike} do not go with it: write on_nan: stop, and on_spike: note or stop"
+            )
+        if self.layout.compress.gradients != "none":
+            raise ValueError(
+                f"faults.elastic: groups sum their gradients in fp32, so layout.compress.gradients: "
+                f"{self.layout.compress.gradients} has no effect between them: remove it"
             )
         return self
 

@@ -108,6 +108,15 @@ class ParallelModel:
             total += loss.detach()
         return total * self.mesh.counts_loss
 
+    def average_tied(self) -> None:
+        """Give the two copies of a tied weight one gradient again, after something was done to each of them."""
+        if self._pipeline is None or not self._spec.tied:
+            return
+        self._sum_tied(self._pipeline)
+        for part in self._parts.values():
+            if part.embed is not None and (gradient := part.embed.get_parameter("weight").grad) is not None:
+                gradient.mul_(0.5)
+
     def take_load(self) -> Tensor | None:
         """Tokens sent to each expert of each layer since the last call by the ranks that take a step together, (L, X);
         None without experts."""

@@ -58,23 +58,17 @@ class Pipeline:
         on_pass: OnPass = ignore_pass,
     ) -> None:
         """`stages` by their index (`schedules.stages_of_rank`); a step has `microbatches` of `rows` sequences of
-        `tokens` tokens. There must be no `schedules.schedule_problems`."""
+        `tokens` tokens, or another number of them. There must be no `schedules.schedule_problems`."""
         self._stages = dict(sorted(stages.items()))
         self._ranks, self._rank = dist.get_world_size(group), dist.get_rank(group)
         self._last = self._ranks * len(stages) - 1
         self._schedule_name, self._group, self._activations = schedule, group, activations
-        self._batch, self._rows = (microbatches * rows, tokens), rows
+        self._rows, self._tokens = rows, tokens
         self._loss_scale = 1.0
         self._losses: list[Tensor] = []
-        self._torch_stages = [self._torch_stage(index) for index in self._stages]
-        for stage in self._torch_stages:
-            stage.on_pass = on_pass
-        self._schedule: Any = get_schedule_class(SCHEDULES[schedule].torch_name)(
-            self._torch_stages if SCHEDULES[schedule].stages_per_rank > 1 else self._torch_stages[0],
-            microbatches,
-            loss_fn=self._scaled_loss,
-            scale_grads=False,
-        )
+        self._schedules: dict[int, tuple[list[RecordedStage], Any]] = {}
+        self._on_pass = on_pass
+        self._schedule_of(microbatches)
 
     @property
     def has_first(self) -> bool:
@@ -89,14 +83,16 @@ class Pipeline:
 
         Adds to the parameters' gradients those of loss_scale times the summed loss.
         """
-        if tuple(inputs.tokens.shape) != self._batch:
+        rows, tokens = inputs.tokens.shape
+        if tokens != self._tokens or rows % self._rows or not rows:
             raise ValueError(
-                f"a step of this pipeline takes tokens {self._batch}, not {tuple(inputs.tokens.shape)}"
+                f"a step of this pipeline takes tokens (n x {self._rows}, {self._tokens}), not {(rows, tokens)}"
             )
         inputs = self._placed(inputs)
         self._loss_scale, self._losses = loss_scale, []
         first = (inputs.tokens,) if self.has_first else ()
-        self._schedule.step(*first, target=inputs.targets, return_outputs=False, **inputs.named())
+        _, schedule = self._schedule_of(rows // self._rows)
+        schedule.step(*first, target=inputs.targets, return_outputs=False, **inputs.named())
         return sum(self._losses, torch.zeros((), device=inputs.tokens.device))
 
     def evaluate(self, inputs: Inputs) -> Tensor:
@@ -151,12 +147,13 @@ class Pipeline:
         """The list is filled, when the context ends, with what this rank's stages did in the steps within it."""
         recorder = Recorder(self._rank, Clock(self._activations.device))
         operations: list[Operation] = []
-        for stage in self._torch_stages:
+        stages = [stage for stages, _ in self._schedules.values() for stage in stages]
+        for stage in stages:
             stage.recorder = recorder
         try:
             yield operations
         finally:
-            for stage in self._torch_stages:
+            for stage in stages:
                 stage.recorder = None
         operations.extend(recorder.operations())
 
@@ -173,8 +170,24 @@ class Pipeline:
         documents = torch.zeros_like(tokens) if inputs.documents is None else inputs.documents
         return replace(inputs, positions=positions_in_document(documents))
 
+    def _schedule_of(self, microbatches: int) -> tuple[list[RecordedStage], Any]:
+        """Torch's schedule, which is made for a number of microbatches, and its stages; kept for the next time."""
+        if microbatches not in self._schedules:
+            stages = [self._torch_stage(index) for index in self._stages]
+            for stage in stages:
+                stage.on_pass = self._on_pass
+            kind = SCHEDULES[self._schedule_name]
+            schedule: Any = get_schedule_class(kind.torch_name)(
+                stages if kind.stages_per_rank > 1 else stages[0],
+                microbatches,
+                loss_fn=self._scaled_loss,
+                scale_grads=False,
+            )
+            self._schedules[microbatches] = stages, schedule
+        return self._schedules[microbatches]
+
     def _torch_stage(self, index: int) -> RecordedStage:
-        rows, tokens = self._rows, self._batch[1]
+        rows, tokens = self._rows, self._tokens
         # Given both ends, torch sends no (pickled) description of them from stage to stage.
         meta = torch.device("meta")
         hidden = self._activations.empty(rows, tokens, meta).requires_grad_()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import secrets
 import sys
 from collections.abc import Sequence
@@ -23,12 +25,15 @@ from muster.parallel.fit import fit, least
 from muster.parallel.memory import estimate
 from muster.parallel.world import join, usable_cores
 from muster.resilience.agent import Job
+from muster.resilience.between import GROUP, Between
 from muster.resilience.coordinator import Fitted
 from muster.resilience.lifeline import Lifeline
 from muster.resilience.ranks import Place
 from muster.resilience.watchdog import Watchdog
 from muster.train import oom
 from muster.train import plan as planning
+from muster.train.dealing import one_group, refuse_divisions
+from muster.train.groups import GroupTraining
 from muster.train.loop import train
 from muster.train.plan import Plan
 from muster.train.report import Report
@@ -39,6 +44,8 @@ def check(run: schema.Run, *, base: Path, folder: Path, progress: Progress | Non
     """Plan the run and claim its folder; everything that can be refused is refused here, before a rank starts."""
     _refuse_foreign(run, folder)
     plan = planning.make(run, base=base, folder=folder, gpus=torch.cuda.device_count(), progress=progress)
+    if run.faults.elastic:
+        refuse_divisions(plan)
     claim(plan)
     return plan
 
@@ -189,9 +196,27 @@ def watchdog(plan: Plan, place: Place) -> Watchdog:
 
 def run_rank(run: schema.Run, *, base: Path, folder: Path, lifeline: Lifeline | None = None) -> None:
     """Join the other ranks and train; without a lifeline nobody can ask this rank to stop."""
+    if run.faults.elastic:
+        _run_rank_of_group(run, base=base, folder=folder)
+        return
     with join() as world:
         plan = planning.make(run, base=base, folder=folder, gpus=torch.cuda.device_count(), ranks=world.size)
         if world.is_first:
             claim(plan)  # nobody has, under `torchrun`
         with Report(plan, world) as report:
             train(plan, world, report, lifeline or Lifeline())
+
+
+def _run_rank_of_group(run: schema.Run, *, base: Path, folder: Path) -> None:
+    """The same in one of the replica groups, each of which is a world of its own."""
+    if GROUP not in os.environ:
+        raise UsageError(
+            "faults.elastic starts its groups of ranks itself: run `muster train`, without torchrun"
+        )
+    with join() as world:
+        plan = one_group(planning.make(run, base=base, folder=folder, gpus=torch.cuda.device_count()))
+        with (
+            contextlib.closing(Between.connect(world.rank, run.faults.timeouts)) as between,
+            Report(plan, world, speaks=False) as report,
+        ):
+            GroupTraining(plan, world, report, between).run()

@@ -39,6 +39,25 @@ def clip(named: Named, norm: float, limit: float) -> None:
         torch._foreach_mul_(gradients, limit / norm)
 
 
+def shards(named: Named) -> list[Tensor]:
+    """This rank's part of every gradient, to be changed in place; zeros where there was none."""
+    for _, parameter in named:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [_local(parameter.grad) for _, parameter in named if parameter.grad is not None]
+
+
+@torch.no_grad()
+def scale(named: Named, factor: float) -> None:
+    if factor != 1:
+        torch._foreach_mul_(shards(named), factor)
+
+
+def forget(named: Named) -> None:
+    for _, parameter in named:
+        parameter.grad = None
+
+
 def where_not_finite(named: Named, all_names: Sequence[str], world: World, loss: float) -> str:
     """The first parameter whose gradient holds a nan or inf, and the ranks that hold it; all ranks must call it.
 

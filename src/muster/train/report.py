@@ -30,20 +30,32 @@ from muster.train.trainee import COMPUTE_DTYPE, Update
 class Report:
     """Use as a context manager: an error that passes through is recorded in the run's events."""
 
-    def __init__(self, plan: Plan, world: World) -> None:
-        self._plan, self._active = plan, world.is_first
+    def __init__(self, plan: Plan, world: World, *, speaks: bool = True) -> None:
+        self._plan, self._is_first, self._active = plan, world.is_first, False
+        self._copies = 1
         # All ranks measure at once, so that the peak is the machine's as this run shares it.
         self._ranks = sniff(COMPUTE_DTYPE[plan.run.train.precision], world)
         self._peak_flops = sum(speeds.gemm_flops for speeds in self._ranks)
         self._flops_per_token = plan.spec.flops_per_token(plan.sequence)
         self._device = world.device
         self._window, self._in_spike = _Window(), False
-        if self._active:
-            self._log = RunLog(plan.folder)
-            self._progress = RunProgress(plan.steps)
-            self._trackers: list[Tracker] = open_trackers(
-                plan.run.track, plan.folder, plan.run.name, plan.run.to_dict()
-            )
+        self.speak(world.is_first and speaks)
+
+    def speak(self, speaks: bool, copies: int = 1) -> None:
+        """Of `copies` replica groups that train, one speaks; which one and how many can change."""
+        self._copies = copies
+        if speaks == self._active or not self._is_first:
+            return
+        self._active, self._window = speaks, _Window()
+        if not speaks:
+            self._close()
+            return
+        plan = self._plan
+        self._log = RunLog(plan.folder)
+        self._progress = RunProgress(plan.steps)
+        self._trackers: list[Tracker] = open_trackers(
+            plan.run.track, plan.folder, plan.run.name, plan.run.to_dict()
+        )
 
     def begin(self, step: int) -> None:
         plan = self._plan
@@ -76,7 +88,7 @@ class Report:
             "learning_rate": update.learning_rate,
             "tokens": step * self._plan.run.train.batch_tokens,
             "tokens_per_s": rate,
-            "mfu": rate * self._flops_per_token / self._peak_flops,
+            "mfu": rate * self._flops_per_token / (self._peak_flops * self._copies),
             "memory_bytes": self._memory_bytes(),
             **({} if update.imbalance is None else {"expert_imbalance": update.imbalance}),
             "eta_s": (self._plan.steps - step) * self._window.seconds / self._window.steps,
@@ -125,6 +137,9 @@ class Report:
             return
         if error is not None:
             self._log.event("preempted" if isinstance(error, Preempted) else "failed", error=str(error))
+        self._close()
+
+    def _close(self) -> None:
         self._progress.close()
         for tracker in self._trackers:
             tracker.close()

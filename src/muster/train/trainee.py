@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from muster.checkpoint.state import WEIGHTS, read_shards
 from muster.comm.meter import Meter
@@ -108,16 +109,28 @@ class Trainee:
         valid tokens, never a mean of means, so no layout changes it. (Under local training the batch is that of this
         rank's copy.) A `meter` counts what the passes send. BadStep on all ranks where the guard refuses the step.
         """
+        with meter or contextlib.nullcontext():
+            summed = self.accumulate(step, batches, 1 / tokens)
+        return self.apply(step, summed, tokens, self.model.take_load())
+
+    def accumulate(self, step: int, batches: Sequence[Batch], scale: float) -> float:
+        """The passes of one step: gradients of the summed loss times `scale`, and this rank's share of that sum."""
         seed_step(self.plan.run.train.seed, step)
         coefficient = (self.balance.coefficient if self.balance else None) or 0.0
-        with meter or contextlib.nullcontext():
-            summed = self.model.train(
-                [self._inputs(batch) for batch in batches], self.sync.summed / tokens, coefficient
+        return float(
+            self.model.train(
+                [self._inputs(batch) for batch in batches], self.sync.summed * scale, coefficient
             )
+        )
+
+    def apply(self, step: int, share: float, tokens: int, load: Tensor | None) -> Update:
+        """The optimizer's part of a step, once the gradients are those of the mean over all `tokens`.
+
+        `share` is this rank's of the summed loss.
+        """
         self.beat.enter("optimizer")
-        load = self.model.take_load()
         self.sync.exchange()
-        named, together, share = self.model.named_parameters(), self.mesh.together, float(summed)
+        named, together = self.model.named_parameters(), self.mesh.together
         total, square = together.sum(share, gradients.squared_norm(named, self.mesh.copies_apart))
         loss, norm = total / tokens, math.sqrt(square)
         fault = self.guard.judge(loss, norm)
@@ -158,8 +171,10 @@ class Trainee:
             self._copies.check([(name.replace(_COPY, ""), tensor) for name, tensor in named], step)
 
     @explained
-    def evaluate(self, corpus: Corpus, limit_tokens: int | None = None) -> Evaluation:
-        """Score the held-out documents of a corpus, or their first `limit_tokens`."""
+    def evaluate(
+        self, corpus: Corpus, limit_tokens: int | None = None, *, share: tuple[int, int] = (0, 1)
+    ) -> Evaluation:
+        """Score the held-out documents of a corpus, or their first `limit_tokens`; of them share (index, out of)."""
         layout = self.plan.layout
         batches = EvaluationBatches(
             corpus.held_out, corpus.tokenizer, self.plan.sequence, layout.microbatch, limit_tokens
@@ -169,8 +184,8 @@ class Trainee:
                 self._score,
                 batches,
                 self.world,
-                part=self.mesh.data_index,
-                parts=layout.data,
+                part=share[0] * layout.data + self.mesh.data_index,
+                parts=share[1] * layout.data,
                 at_once=layout.pipeline,  # so that the stages have something to do at the same time
                 counts_tokens=self.mesh.reads_first,
             )
@@ -209,6 +224,10 @@ class Trainee:
         copies = {name.replace(_COPY, ""): tensor for name, tensor in state.items() if _COPY in name}
         if copies:
             read_shards(copies, folder)
+
+    def shards(self) -> list[Tensor]:
+        """Everything that training changes, as this rank's plain tensors: what another copy of it is filled from."""
+        return [t.to_local() if isinstance(t, DTensor) else t for t in self._own().values()]
 
     def _own(self) -> dict[str, Tensor]:
         weights = {WEIGHTS + name: parameter.data for name, parameter in self.model.named_parameters()}

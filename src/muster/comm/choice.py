@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 
+Form = Literal["none", "fp16", "int8"]
+"""In what form copies that train apart send each other fp32 messages."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """`layout.compress` of a run file."""

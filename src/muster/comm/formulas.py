@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from muster.comm.choice import Choice
+from muster.comm.choice import Choice, Form
 from muster.comm.powersgd import plan
 from muster.comm.quantize import encoded_bytes
 from muster.comm.traffic import Kind, Traffic
@@ -57,6 +57,16 @@ def zero_traffic(
             traffic.count(of + "shard", kind, payload, shard)
         for kind, payload in _between_copies(unit, choice, replicate) * reduces:
             traffic.count(of + "replicate", kind, payload, replicate)
+    return traffic
+
+
+def copies_traffic(messages: Iterable[int], *, copies: int, form: Form) -> Traffic:
+    """One rank's traffic for averaging flat fp32 messages of so many elements over `copies` that train apart."""
+    traffic = Traffic()
+    for elements in messages:
+        unit = Unit(shapes=((elements,),), regathers=False)
+        for kind, payload in _between_copies(unit, Choice(gradients=form), copies):
+            traffic.count("replicate", kind, payload, copies)
     return traffic
 
 

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from muster.config.fields import STRICT, Flag, ListOrText, Number, Positive, SectionOrWord
 from muster.config.layout import Layout as Layout
+from muster.config.sync import Sync as Sync
 from muster.config.units import Every, Fraction, Interval, IntervalOrAuto, Seconds, Steps, Tokens
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "qwen3_moe", "dots1"]
@@ -238,6 +239,9 @@ class Train:
     optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
     balance: Balance = Field(default_factory=Balance)
+    sync: Sync | None = None
+    """How copies (`layout.replicate`) stay together, `{kind: diloco, every: 20}`. Default: gradients are summed
+    every step."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: bf16 compute with fp32 master weights and optimizer state; fp32: everything in fp32."""
     eval_every: Interval | None = None
@@ -253,6 +257,16 @@ class Train:
     def _one_step_at_least(self) -> Train:
         if self.tokens < self.batch_tokens:
             raise ValueError(f"tokens ({self.tokens}) must be at least batch_tokens ({self.batch_tokens})")
+        return self
+
+    @model_validator(mode="after")
+    def _copies_meet(self) -> Train:
+        steps = self.tokens // self.batch_tokens
+        if self.sync is not None and self.sync.is_local and self.sync.every > steps:
+            raise ValueError(
+                f"sync.every ({self.sync.every}) is more than the {steps} steps of the run, so copies would never meet: "
+                f"use {steps} or less"
+            )
         return self
 
 

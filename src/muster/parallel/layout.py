@@ -52,6 +52,8 @@ class Layout:
     compress: Choice = field(default_factory=Choice)
     bucket: int = 1
     prefetch: int = 1
+    sync: Literal["local_sgd", "diloco", "delayed"] | None = None
+    """How copies stay together; None: gradients are summed over them every step."""
     reason: str
     """Why these values, in a few words, for the run's log."""
 
@@ -66,8 +68,13 @@ class Layout:
 
     @property
     def averaged(self) -> int:
-        """Ranks whose gradients FSDP2 averages: those that hold the same parameters."""
-        return self.data * self.context
+        """Ranks whose gradients are averaged within a step's passes: those that hold the same parameters."""
+        return (self.data if self.sync is None else self.shard) * self.context
+
+    @property
+    def is_local(self) -> bool:
+        """Each copy on the replicate axis takes steps of its own (`train.sync`), with a loss and a norm of its own."""
+        return self.sync in ("local_sgd", "diloco")
 
     def __str__(self) -> str:
         axes = f"replicate {self.replicate} x shard {self.shard}"
@@ -88,6 +95,8 @@ class Layout:
             words.append(f"gradients {self.compress.gradients}")
         if self.compress.parameters != "none":
             words.append(f"parameters {self.compress.parameters}")
+        if self.sync is not None:
+            words.append(self.sync)
         words += [f"microbatch {self.microbatch} x {self.accumulate}"]
         return ", ".join(words)
 
@@ -129,6 +138,8 @@ def resolve(
     else:
         why = "as written in the run file"
     _refuse(_problems(said, spec, sequences, sequence, ranks))
+    if run.train.sync is not None:
+        _refuse(_sync_problems(said, run.train.sync, spec))
     per_rank = sequences // (said.replicate * said.shard)
     microbatch = said.microbatch
     if microbatch is None:
@@ -139,7 +150,9 @@ def resolve(
         kind, chosen = context.choose(spec.heads // said.tensor, _local_kv_heads(said, spec), said.context)
         why += f"; {chosen}" if said.context > 1 else ""
     _refuse(_schedule_problems(said, per_rank, microbatch))
-    default_zero: Literal[0, 1] = 0 if said.shard == 1 else 1
+    # Context ranks are copies to ZeRO 0, but not copies that train apart.
+    divides = said.shard if run.train.sync is None else said.shard * said.context
+    default_zero: Literal[0, 1] = 0 if divides == 1 else 1
     return Layout(
         replicate=said.replicate,
         shard=said.shard,
@@ -160,6 +173,7 @@ def resolve(
         compress=_choice(said),
         bucket=said.bucket,
         prefetch=said.prefetch,
+        sync=None if run.train.sync is None else run.train.sync.kind,
         reason=why,
     )
 
@@ -211,6 +225,26 @@ def _problems(
         copies, parts = copies * parts, 1
     for problem in compression_problems(_choice(said), replicate=copies, shard=parts):
         yield problem.removeprefix("layout")
+
+
+def _sync_problems(said: schema.Layout, sync: schema.Sync, spec: TransformerSpec) -> Iterator[str]:
+    if said.replicate == 1:
+        yield (
+            f".replicate: train.sync {sync.kind} is between copies, but there is one: use 2 or more, or remove "
+            f"train.sync"
+        )
+    if said.zero == 0 and said.context > 1:
+        yield ".zero: under train.sync the ranks of a context share their state: use zero: 1 or more"
+    if sync.fragments > spec.layers:
+        yield (
+            f": train.sync.fragments ({sync.fragments}) are groups of layers, of which there are {spec.layers}: use "
+            f"{spec.layers} or less"
+        )
+    if said.compress.gradients == "powersgd":
+        yield (
+            ".compress.gradients: powersgd compresses what copies send every step, which under train.sync is nothing: "
+            "remove it, or use train.sync.compress"
+        )
 
 
 def _tensor_problems(

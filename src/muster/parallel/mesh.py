@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from muster.parallel.layout import Layout
+from muster.parallel.world import World
 
 Group = dist.ProcessGroup
 
@@ -70,22 +71,42 @@ class Mesh:
     def is_first_of_stage(self) -> bool:
         """True on one of the ranks that hold the same layers."""
         place = self.place
-        return place.replicate == place.shard == place.context == place.tensor == 0
+        is_first = place.shard == place.context == place.tensor == 0
+        return is_first and (place.replicate == 0 or self.layout.is_local)
 
     @property
     def copies_apart(self) -> int:
-        """Copies of the parameters that FSDP2 does not know of, because compression takes over their reduction."""
-        replicated = "replicate" in (self._dense.mesh_dim_names or ())
-        return self._dense["replicate"].size() if replicated and self.layout.compress.takes_over_copies else 1
+        """Copies of the gradients among the ranks of `together` that FSDP2 does not know of."""
+        if self.layout.is_local or not self._takes_over_copies:
+            return 1
+        return self._dense["replicate"].size()
 
     @property
     def is_first_copy(self) -> bool:
-        return self.copies_apart == 1 or self.groups["replicate"].rank() == 0
+        """False where FSDP2 does not know that another rank holds the same parameters and is before this one."""
+        return not self._takes_over_copies or self.groups["replicate"].rank() == 0
+
+    @cached_property
+    def together(self) -> World:
+        """The ranks that take a step together: all, or those of one copy where copies take steps of their own."""
+        if not self.layout.is_local:
+            return World(dist.get_rank(), self.layout.world, self.device)
+        own = self.place.replicate
+        ranks = [rank for rank in range(self.layout.world) if Place.of(rank, self.layout).replicate == own]
+        group = dist.new_group(ranks, use_local_synchronization=True) if len(ranks) > 1 else None
+        return World(ranks.index(dist.get_rank()), len(ranks), self.device, group)
 
     @property
     def counts_loss(self) -> bool:
         """False where another rank of the tensor axis holds the same loss."""
         return self.place.tensor == 0
+
+    def copies_group(self) -> Group:
+        """The same place in each copy (`replicate`), as a group that nobody else uses, so that an exchange in the
+        background is not in the way; each call makes one."""
+        ranks = dist.get_process_group_ranks(self.groups["replicate"])
+        group: Group = dist.new_group(ranks, use_local_synchronization=True)
+        return group
 
     def dense_data(self) -> DeviceMesh:
         """(replicate, shard) or (shard,): over what FSDP2 shards and reduces ordinary parameters."""
@@ -142,9 +163,13 @@ class Mesh:
 
     def _data(self, view: DeviceMesh) -> DeviceMesh:
         replicated = "replicate" in (view.mesh_dim_names or ())
-        if replicated and not self.layout.compress.takes_over_copies:
-            return view["replicate", "shard"]
-        return view["shard"]
+        return view["replicate", "shard"] if replicated and not self._takes_over_copies else view["shard"]
+
+    @property
+    def _takes_over_copies(self) -> bool:
+        """Whether FSDP2 does not see that there are copies, because their reduction is ours."""
+        replicated = "replicate" in (self._dense.mesh_dim_names or ())
+        return replicated and (self.layout.compress.takes_over_copies or self.layout.sync is not None)
 
     def _context_group(self) -> Group:
         stride, size = self.layout.tensor, self.layout.context

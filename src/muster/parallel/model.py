@@ -43,9 +43,8 @@ class ParallelModel:
             with torch.device("meta"):
                 self._parts[index] = Transformer(spec, layers)
             apply(self._parts[index], mesh, compute=compute, value=value)
-        self._compression = [
-            compress(part, mesh.layout.compress, mesh.groups) for part in self._parts.values()
-        ]
+        groups = mesh.groups if mesh.layout.sync is None else {}  # else nothing is reduced over copies here
+        self._compression = [compress(part, mesh.layout.compress, groups) for part in self._parts.values()]
         self._pipeline = _pipeline(self._parts, spec, mesh, sequence, compute)
 
     def named_parameters(self) -> Named:
@@ -99,14 +98,16 @@ class ParallelModel:
         return total * self.mesh.counts_loss
 
     def take_load(self) -> Tensor | None:
-        """Tokens sent to each expert of each layer by all ranks since the last call, (L, X); None without experts."""
+        """Tokens sent to each expert of each layer since the last call by the ranks that take a step together, (L, X);
+        None without experts."""
         if not self._spec.experts:
             return None
         load = torch.zeros(self._spec.layers, self._spec.experts, dtype=torch.int64, device=self.mesh.device)
         for layer, moe in self._sparse_layers().items():
             load[layer] = moe.load * self.mesh.counts_loss
             moe.reset_load()
-        dist.all_reduce(load)
+        if self.mesh.together.size > 1:
+            dist.all_reduce(load, group=self.mesh.together.group)
         return load
 
     def balance_by_bias(self, load: Tensor, rate: float) -> None:

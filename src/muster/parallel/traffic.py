@@ -16,7 +16,8 @@ import torch
 
 from muster.comm import axes
 from muster.comm.axes import Heads, Hidden, Routed
-from muster.comm.formulas import Unit, zero_traffic
+from muster.comm.choice import Form
+from muster.comm.formulas import Unit, copies_traffic, zero_traffic
 from muster.comm.traffic import Traffic
 from muster.model.spec import TransformerSpec
 from muster.model.transformer import Transformer
@@ -58,11 +59,22 @@ def expected_traffic(
     return traffic
 
 
+def sync_traffic(
+    spec: TransformerSpec, layout: Layout, rank: int, *, sequence: int, form: Form
+) -> Traffic:
+    """What `rank` sends to other copies for one exchange of everything it holds (`train.sync`): of parameters and
+    buffers, or under `delayed` of gradients. Local training does so once in `every` steps."""
+    step = _Step(spec, layout, Place.of(rank, layout), sequence, torch.float32)
+    return copies_traffic(step.messages(), copies=layout.replicate, form=form)
+
+
 @dataclass(frozen=True, slots=True)
 class _Held:
     """A parameter as FSDP2 is given it: the part that the expert and tensor axes leave this rank."""
 
     unit: str
+    message: str
+    """What it travels in between copies that train apart: its block, or itself."""
     is_expert: bool
     shape: tuple[int, ...]
     is_summed: bool
@@ -93,7 +105,7 @@ class _Step:
                     self._units(shard, of_experts=bool(of)),
                     zero=layout.zero,
                     shard=shard,
-                    replicate=layout.replicate * ranks // shard,
+                    replicate=(layout.replicate if layout.sync is None else 1) * ranks // shard,
                     microbatches=layout.accumulate,
                     parameter_bytes=self.compute_bytes,
                     choice=layout.compress,
@@ -101,6 +113,19 @@ class _Step:
                 )
             )
         return traffic
+
+    def messages(self) -> list[int]:
+        """Elements of what copies exchange, a message a block, and one for each parameter around the blocks."""
+        sizes: dict[str, int] = {}
+        for held in self.held:
+            rows, *others = held.shape
+            mine = prod((self._own_rows(rows, held.is_expert), *others))
+            sizes[held.message] = sizes.get(held.message, 0) + mine
+        if self.spec.router_bias and self.layout.is_local:
+            for layers in self.stages.values():
+                for layer in layers:
+                    sizes[f"layers.{layer} of {layers}"] += self.spec.experts
+        return list(sizes.values())
 
     def over_tensor(self) -> Traffic:
         layout, traffic = self.layout, Traffic()
@@ -226,16 +251,26 @@ class _Step:
                     shape[dim] = _part(shape[dim], self.layout.tensor, self.place.tensor)
                 is_summed = tensor_plan.is_summed(name, **degrees, sequence=self.layout.sequence_parallel)
             yield _Held(
-                _unit(name, layers, has_head=model.head is not None), is_expert, tuple(shape), is_summed
+                _unit(name, layers, has_head=model.head is not None),
+                f"{_block(name) or name} of {layers}",
+                is_expert,
+                tuple(shape),
+                is_summed,
             )
 
     def _own_vocabulary(self) -> int:
         """Rows of the embedding that are this rank's in the end."""
+        return self._own_rows(_part(self.spec.vocab, self.layout.tensor, self.place.tensor))
+
+    def _own_rows(self, rows: int, is_expert: bool = False) -> int:
+        """What ZeRO leaves this rank of a parameter's rows."""
         layout, place = self.layout, self.place
-        rows = _part(self.spec.vocab, layout.tensor, place.tensor)
         if layout.zero == 0:
             return rows
-        return _part(rows, layout.shard * layout.context, place.shard * layout.context + place.context)
+        ranks, index = layout.shard * layout.context, place.shard * layout.context + place.context
+        if is_expert:
+            ranks, index = ranks // layout.expert, index // layout.expert
+        return _part(rows, ranks, index)
 
 
 def _part(size: int, ranks: int, rank: int) -> int:
@@ -245,8 +280,12 @@ def _part(size: int, ranks: int, rank: int) -> int:
 
 def _unit(name: str, layers: range, *, has_head: bool) -> str:
     """A block, an embedding beside a head of its own, or what is left of the stage with these layers (`data.py`)."""
-    if name.startswith("layers."):
-        return ".".join(name.split(".")[:2])
+    if block := _block(name):
+        return block
     if name.startswith("embed.") and has_head:
         return name
     return f"rest of {layers}"
+
+
+def _block(name: str) -> str | None:
+    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else None

@@ -28,6 +28,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Of these ranks; None for all."""
 
     @property
     def is_first(self) -> bool:
@@ -37,12 +39,12 @@ class World:
         """The sums of `values` over all ranks, in float64, equal on every rank."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
         return [float(value) for value in total.tolist()]
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 def is_rank() -> bool:

@@ -27,6 +27,7 @@ from muster.train import plan as planning
 from muster.train.loop import train
 from muster.train.plan import Plan
 from muster.train.report import Report
+from muster.train.savings import sentence
 
 
 def check(run: schema.Run, *, base: Path, folder: Path, progress: Progress | None = None) -> Plan:
@@ -92,6 +93,7 @@ def describe(plan: Plan) -> list[str]:
         f"layout  {layout} ({layout.reason})",
         f"memory  {_memory(plan)}",
         f"attend  {plan.attention}",
+        *([] if plan.run.train.sync is None else [f"sync    {sentence(plan)}"]),
     ]
 
 

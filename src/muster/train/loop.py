@@ -41,15 +41,16 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
 
     while step < plan.steps:
         batches = microbatches(sampler, plan, trainee.mesh.data_index, trainee.guard.batch_of(step))
-        # One small exchange a step: the size of the global batch, what the first rank's clock says is due,
-        # how saving goes, and whether any rank was asked to stop.
-        tokens, evaluate_now, stop_now, *save_votes = world.sum(
+        # One small exchange a step: the size of the batch, what the first rank's clock says is due, whether any rank
+        # was asked to stop, and how saving goes.
+        tokens, evaluate_now, stop_now, *save_votes = trainee.sync.agree(
+            step,
             trainee.mesh.reads_first and sum(batch.valid_tokens for batch in batches),
-            world.is_first and evaluation_due.rings(step + 1),
-            lifeline.asked,
-            *saver.votes(step),
+            [world.is_first and evaluation_due.rings(step + 1), lifeline.asked],
+            saver.votes(step),
         )
-        saver.after(step, save_votes)
+        if save_votes:
+            saver.after(step, save_votes)
         # The second step is like all that follow; in the first, much is done once.
         meter = Meter(trainee.mesh.groups) if step == begun + 1 and world.size > 1 else None
         try:
@@ -59,7 +60,7 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
             continue
         step += 1
         lifeline.reached(step)
-        report.step(step, update)
+        report.step(step, trainee.sync.after_step(step, update))
         if meter is not None:
             report.traffic(meter.traffic)
         if stop_now:

@@ -29,6 +29,8 @@ def recover(
     Rewinding withdraws all batches since the checkpoint, as was done for PaLM's spikes (Chowdhery et al.
     2022): the same batches would lead the same parameters to the same place.
     """
+    if plan.run.train.sync is not None:
+        raise bad  # copies that train apart do not all come here, and what is under way knows of the step
     guard = trainee.guard
     batch = guard.batch_of(step)
     action = guard.act(step, bad.kind)

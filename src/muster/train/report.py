@@ -23,6 +23,7 @@ from muster.parallel.world import World
 from muster.resilience.sniff import outliers, sniff
 from muster.train.evaluate import Evaluation
 from muster.train.plan import Plan
+from muster.train.savings import sentence
 from muster.train.trainee import COMPUTE_DTYPE, Update
 
 
@@ -51,6 +52,8 @@ class Report:
             "layout_reason": plan.layout.reason,
             "attention": plan.attention,
         }
+        if plan.run.train.sync is not None:
+            choices["sync"] = sentence(plan)
         self.event("started", step=step, steps=plan.steps, **choices)
         self.event("speeds", ranks=[asdict(speeds) for speeds in self._ranks])
         for sentence in outliers(self._ranks):

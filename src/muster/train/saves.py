@@ -306,7 +306,7 @@ class Saver:
         return self._score[1] if self._score is not None and self._score[0] == step else None
 
     def _state(self) -> dict[str, torch.Tensor]:
-        return self._trainee.state() if self._trainee.mesh.is_first_copy else {}
+        return self._trainee.owned()
 
     def _stage(self) -> Snapshot | None:
         """Memory for the copies, or None where it is wanting: then saves are written straight from the state."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from muster.train.forward import to_inputs
 from muster.train.optimizer import make_optimizer
 from muster.train.plan import Training
 from muster.train.schedule import learning_rate
+from muster.train.sync import OF_COPY, make_sync
 
 _COPY = "copy of "
 """Marks a second copy of a parameter, which is trained like the first one, but neither counted nor saved."""
@@ -83,6 +84,15 @@ class Trainee:
         )
         self.guard = Guard(plan.run.faults)
         self._copies = Copies(world)
+        self.sync = make_sync(
+            plan.run.train.sync,
+            self.mesh,
+            world,
+            dict(self.model.named_parameters()) | copies,
+            dict(self.model.named_buffers()),
+            last=plan.steps,
+            told_every=plan.run.train.log_every,
+        )
 
     def update(
         self, step: int, batches: Sequence[Batch], tokens: int, *, meter: Meter | None = None
@@ -90,17 +100,19 @@ class Trainee:
         """One optimizer step from this rank's microbatches; `tokens` are the valid ones of the global batch.
 
         The loss of a step is the summed cross entropy over the global batch divided by its
-        valid tokens, never a mean of means, so no layout changes it. A `meter` counts what the passes send.
-        BadStep on all ranks where the guard refuses the step.
+        valid tokens, never a mean of means, so no layout changes it. (Under local training the batch is that of this
+        rank's copy.) A `meter` counts what the passes send. BadStep where the guard refuses the step, on all ranks
+        that take it together.
         """
         seed_step(self.plan.run.train.seed, step)
         coefficient = (self.balance.coefficient if self.balance else None) or 0.0
         with meter or contextlib.nullcontext():
-            summed = self.model.train([self._inputs(batch) for batch in batches], 1 / tokens, coefficient)
+            summed = self.model.train([self._inputs(batch) for batch in batches], self.sync.summed / tokens, coefficient)
         load = self.model.take_load()
-        named = self.model.named_parameters()
+        self.sync.exchange()
+        named, together = self.model.named_parameters(), self.mesh.together
         share = float(summed)
-        total, square = self.world.sum(share, gradients.squared_norm(named, self.mesh.copies_apart))
+        total, square = together.sum(share, gradients.squared_norm(named, self.mesh.copies_apart))
         loss, norm = total / tokens, math.sqrt(square)
         fault = self.guard.judge(loss, norm)
         if fault is not None and not fault.tolerated:
@@ -108,8 +120,9 @@ class Trainee:
         train = self.plan.run.train
         if train.optimizer.clip is not None:
             gradients.clip(named + self.model.copies(), norm, train.optimizer.clip)
-        lr = learning_rate(step, self.plan.steps, train.optimizer.lr, train.schedule)
-        self.optimizer.step(lr)
+        lr = learning_rate(max(step - self.sync.delay, 0), self.plan.steps, train.optimizer.lr, train.schedule)
+        if step >= self.sync.delay:
+            self.optimizer.step(lr)
         if load is not None and self.balance and self.balance.rate:
             self.model.balance_by_bias(load, self.balance.rate)
         self.guard.applied(loss, norm)
@@ -124,7 +137,7 @@ class Trainee:
         where = ""
         if fault.kind == "nan":
             names = parameter_names(self.plan.spec)
-            where = f", first in {gradients.where_not_finite(named, names, self.world, share)}"
+            where = f", first in {gradients.where_not_finite(named, names, self.mesh.together, share)}"
         for _, parameter in named + self.model.copies():
             parameter.grad = None
         self.model.forget_residuals()
@@ -133,7 +146,7 @@ class Trainee:
     def check_copies(self, step: int) -> None:
         """Compare the bits of everything that several ranks hold; TrainingError where they differ."""
         if self.plan.run.faults.checksum_every is not None:
-            named = self._everything().items()
+            named = self.sync.state(self._own()).items()
             self._copies.check([(name.replace(_COPY, ""), tensor) for name, tensor in named], step)
 
     def evaluate(self, corpus: Corpus, limit_tokens: int | None = None) -> Evaluation:
@@ -142,39 +155,50 @@ class Trainee:
         batches = EvaluationBatches(
             corpus.held_out, corpus.tokenizer, self.plan.sequence, layout.microbatch, limit_tokens
         )
-        evaluation = evaluate(
-            lambda some: self.model.score([self._inputs(batch) for batch in some]),
-            batches,
-            self.world,
-            part=self.mesh.data_index,
-            parts=layout.data,
-            at_once=layout.pipeline,  # so that the stages have something to do at the same time
-            counts_tokens=self.mesh.reads_first,
-        )
-        self.model.rest()
+        with self.sync.evaluating():
+            evaluation = evaluate(
+                lambda some: self.model.score([self._inputs(batch) for batch in some]),
+                batches,
+                self.world,
+                part=self.mesh.data_index,
+                parts=layout.data,
+                at_once=layout.pipeline,  # so that the stages have something to do at the same time
+                counts_tokens=self.mesh.reads_first,
+            )
+            self.model.rest()
         return evaluation
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint holds as tensors, by name; shards of this rank, of copies the first one's."""
-        return {name: tensor for name, tensor in self._everything().items() if _COPY not in name}
+        """Everything a checkpoint holds of this rank as tensors, by name; of second copies the first one's."""
+        return {name: tensor for name, tensor in self.sync.state(self._own()).items() if _COPY not in name}
+
+    def owned(self) -> dict[str, Tensor]:
+        """What of `state` is this rank's to write, because no copy of the model before it holds the same."""
+        state = self.state()
+        if self.mesh.is_first_copy:
+            return state
+        return {name: tensor for name, tensor in state.items() if name.startswith(OF_COPY)}
 
     def restore(self, folder: Path, step: int) -> None:
         """Continue from a checkpoint taken after `step` updates, on any layout."""
-        self._read(folder, "")
-        self.optimizer.set_steps(step)
+        state = self.sync.loading(self._own(), folder, step)
+        self._read(folder, state)
+        self.sync.loaded(state, step)
+        self.optimizer.set_steps(max(step - self.sync.delay, 0))
 
     def take_weights(self, folder: Path) -> None:
         """Begin with the weights of a checkpoint of the same model, from any layout; each rank reads its part."""
-        self._read(folder, WEIGHTS)
+        own = self._own()
+        self._read(folder, {name: tensor for name, tensor in own.items() if name.startswith(WEIGHTS)})
+        self.sync.begin()
 
-    def _read(self, folder: Path, prefix: str) -> None:
-        chosen = {name: tensor for name, tensor in self._everything().items() if name.startswith(prefix)}
+    def _read(self, folder: Path, chosen: Mapping[str, Tensor]) -> None:
         read_shards({name: tensor for name, tensor in chosen.items() if _COPY not in name}, folder)
         copies = {name.replace(_COPY, ""): tensor for name, tensor in chosen.items() if _COPY in name}
         if copies:
             read_shards(copies, folder)
 
-    def _everything(self) -> dict[str, Tensor]:
+    def _own(self) -> dict[str, Tensor]:
         weights = {WEIGHTS + name: parameter.data for name, parameter in self.model.named_parameters()}
         copies = {WEIGHTS + _COPY + name: copy.data for name, copy in self.model.copies()}
         buffers = {WEIGHTS + name: buffer for name, buffer in self.model.named_buffers()}

@@ -124,6 +124,7 @@ def case(
         batch_tokens=batch_tokens,
         sequence=None,
         precision="fp32",
+        sync=None,
         optimizer=optimizer,
     )
     changed = replace(run, train=train, layout=schema.Layout(**layout))
@@ -147,8 +148,7 @@ def train_case(case: Case, folder: Path) -> None:
             ranges = microbatch_ranges(training, trainee.mesh.data_index, 0)
             batches = [rows(whole, part) for part in ranges]
             updates.append(trainee.update(step, batches, whole.valid_tokens))
-        state = trainee.state() if trainee.mesh.is_first_copy else {}
-        write_shards(state, folder, world.rank, owns_whole=trainee.mesh.is_first_of_stage)
+        write_shards(trainee.owned(), folder, world.rank, owns_whole=trainee.mesh.is_first_of_stage)
         world.barrier()
         if world.is_first:
             collect_sums(folder, world.size)

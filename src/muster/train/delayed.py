@@ -1,0 +1,76 @@
+"""One-step-delayed gradients: the copies sum step t's gradients during step t + 1's passes, and apply them after those.
+
+The delayed parameter update of ZeRO-Offload (Ren et al. 2021) and of SWARM (Ryabinin et al. 2023), for the exchange
+between copies: the parameters stay the same bits on every copy, one update behind. What the last step's gradients
+say is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+
+import torch
+from torch import Tensor, nn
+
+from muster.comm.averager import Averager
+from muster.train.rounds import local, unit_of
+
+
+class DelayedGradients:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], averager: Averager) -> None:
+        """`parameters` are this rank's, second copies included, equal on all copies."""
+        self._parameters, self._averager = parameters, averager
+        self._units: dict[str, list[str]] = {}
+        for name in parameters:
+            self._units.setdefault(unit_of(name), []).append(name)
+        self._flight: Future[list[Tensor]] | None = None
+
+    @torch.no_grad()
+    def exchange(self) -> bool:
+        """Put the mean gradients of the step before in the place of this step's, which are sent off; False in the first
+        step, which has none."""
+        mine = [self._flat(unit) for unit in self._units.values()]
+        before = None if self._flight is None else self._flight.result()
+        self._flight = self._averager.start(mine)
+        for unit, mean in zip(self._units.values(), before or (), strict=before is not None):
+            for name, part in self._apart(unit, mean):
+                gradient = self._parameters[name].grad
+                assert gradient is not None
+                local(gradient).copy_(part)
+        if before is None:
+            for parameter in self._parameters.values():
+                parameter.grad = None
+        return before is not None
+
+    def shared(self) -> dict[str, Tensor]:
+        """The gradients under way, by name (`pending.X`), for which this waits; nothing before the first step."""
+        if self._flight is None:
+            return {}
+        state = self.loading()
+        for unit, mean in zip(self._units.values(), self._flight.result(), strict=True):
+            for name, part in self._apart(unit, mean):
+                local(state[f"pending.{name}"]).copy_(part)
+        return state
+
+    def loading(self) -> dict[str, Tensor]:
+        """What `shared` gave after a step, to be filled; call `loaded` then."""
+        return {f"pending.{name}": torch.empty_like(p.detach()) for name, p in self._parameters.items()}
+
+    def loaded(self, state: Mapping[str, Tensor]) -> None:
+        self._flight = Future()
+        self._flight.set_result(
+            [
+                torch.cat([local(state[f"pending.{name}"]).reshape(-1) for name in unit])
+                for unit in self._units.values()
+            ]
+        )
+
+    def _flat(self, unit: Sequence[str]) -> Tensor:
+        gradients = [self._parameters[name].grad for name in unit]
+        return torch.cat([local(gradient).reshape(-1) for gradient in gradients if gradient is not None])
+
+    def _apart(self, unit: Sequence[str], mean: Tensor) -> list[tuple[str, Tensor]]:
+        shapes = [local(self._parameters[name].detach()).shape for name in unit]
+        parts = mean.split([shape.numel() for shape in shapes])
+        return [(name, part.view(shape)) for name, shape, part in zip(unit, shapes, parts, strict=True)]

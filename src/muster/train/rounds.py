@@ -1,0 +1,232 @@
+"""Copies that train apart and meet every so many steps: local SGD, DiLoCo and streaming DiLoCo.
+
+    local SGD  (Stich 2019)                 parameters become their mean over the copies
+    DiLoCo     (Douillard et al. 2023)      the anchor, which is what the copies started from, takes a step of SGD with
+                                            Nesterov's momentum along the mean of anchor - parameters; all go on from it
+    streaming  (Douillard et al. 2025)      fragments of the layers do so in turn; the mean may arrive `overlap` steps
+                                            later, and a copy's parameters then move only a share (`mix`) of the way
+
+The anchor is the trained model: it is the same on all copies at any time, and what is evaluated, saved and exported.
+An outer step happens whole or not at all: it starts when every mean has arrived, and an exchange that fails may be
+tried again. Compressed changes are sent without error feedback: what rounding takes from one round's change was
+measured to make no difference (benchmarks/diloco_cpu.py), and residuals would be one more state that nobody can reshard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from muster.checkpoint.state import WEIGHTS
+from muster.comm.averager import Averager
+from muster.config import schema
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """One parameter or buffer on this rank: of DTensors, its shards."""
+
+    name: str
+    held: Tensor
+    anchor: Tensor
+    momentum: Tensor | None
+    """None where the mean is taken as it is: of buffers, and in local SGD."""
+
+    @property
+    def value(self) -> Tensor:
+        # Asked for each time, because FSDP2 moves shards that do not divide evenly before the first step.
+        return local(self.held.detach())
+
+
+@dataclass(slots=True)
+class _Flight:
+    """The exchange that is under way."""
+
+    fragment: int
+    sent: list[Tensor]
+    means: Future[list[Tensor]] | None
+    """None after a failure."""
+
+
+class Rounds:
+    """The shared state of copies that meet: use `after_step` after every step and `finish` after the last."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        config: schema.Sync,
+        averager: Averager,
+    ) -> None:
+        """`parameters` and `buffers` are this rank's, by the undivided model's names, and equal on all copies now."""
+        self._config, self._averager = config, averager
+        values = dict(parameters) | dict(buffers)
+        self._anchors = {name: value.detach().clone() for name, value in values.items()}
+        self._momenta: dict[str, Tensor] = {}
+        if config.kind == "diloco":
+            self._momenta = {name: torch.zeros_like(self._anchors[name]) for name in parameters}
+        self._fragments: list[dict[str, list[_Member]]] = [{} for _ in range(config.fragments)]
+        for name, value in values.items():
+            momentum = self._momenta.get(name)
+            member = _Member(
+                name,
+                value,
+                local(self._anchors[name]),
+                None if momentum is None else local(momentum),
+            )
+            unit = unit_of(name)
+            self._fragments[fragment_of(unit, config.fragments)].setdefault(unit, []).append(member)
+        self._flight: _Flight | None = None
+
+    def after_step(self, step: int) -> None:
+        """Meet, where that is due after `step` finished steps. If that fails, the same call may be made again."""
+        if step % self._config.interval == 0 and self._flight is None:
+            fragment = (step // self._config.interval - 1) % self._config.fragments
+            self._flight = _Flight(fragment, self._changes(fragment), None)
+            self._flight.means = self._averager.start(self._flight.sent)
+        if self._flight is not None and step % self._config.interval >= self._config.overlap:
+            self._apply(self._flight, self._config.share)
+            self._flight = None
+
+    @torch.no_grad()
+    def finish(self, step: int) -> None:
+        """End the run after `step` steps: all copies hold the anchor. Where copies have taken steps since they met, it
+        becomes their mean, without an outer step: momentum is that of whole rounds."""
+        if self._flight is not None:
+            self._apply(self._flight, self._config.share)
+            self._flight = None
+        if self._config.fragments == 1 and step % self._config.every == 0 and self._config.overlap == 0:
+            return
+        for fragment in range(self._config.fragments):
+            means = self._averager.start(self._changes(fragment)).result()
+            for member, mean in self._apart(fragment, means):
+                self._take_mean(member, mean)
+                member.value.copy_(member.anchor)
+
+    @contextmanager
+    def anchored(self) -> Iterator[None]:
+        """Within, parameters are the anchor's, for evaluation."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def shared(self) -> dict[str, Tensor]:
+        """State that is equal on all copies, by name: the anchor as `weights.X`, `outer.X`, and `pending.X` of an exchange
+        under way, for which this waits."""
+        state = {WEIGHTS + name: anchor for name, anchor in self._anchors.items()}
+        state |= {f"outer.{name}": momentum for name, momentum in self._momenta.items()}
+        if self._flight is not None:
+            state |= self._pending(self._flight.fragment)
+            for member, mean in self._apart(self._flight.fragment, self._means(self._flight)):
+                local(state[f"pending.{member.name}"]).copy_(mean)
+        return state
+
+    def loading(self, step: int) -> dict[str, Tensor]:
+        """What `shared` gave after `step` steps, to be filled; call `loaded` then."""
+        self._flight = None
+        state = self.shared()
+        in_turn, since = divmod(step, self._config.interval)
+        if in_turn and since < self._config.overlap:
+            state |= self._pending((in_turn - 1) % self._config.fragments)
+        return state
+
+    def loaded(self, state: Mapping[str, Tensor]) -> None:
+        pending = [name for name in state if name.startswith("pending.")]
+        if not pending:
+            return
+        fragment = fragment_of(unit_of(pending[0].removeprefix("pending.")), self._config.fragments)
+        means: Future[list[Tensor]] = Future()
+        means.set_result(
+            [
+                _flat([local(state[f"pending.{member.name}"]) for member in unit])
+                for unit in self._fragments[fragment].values()
+            ]
+        )
+        self._flight = _Flight(fragment, [], means)
+
+    def _pending(self, fragment: int) -> dict[str, Tensor]:
+        members = [member for unit in self._fragments[fragment].values() for member in unit]
+        return {f"pending.{member.name}": torch.empty_like(self._anchors[member.name]) for member in members}
+
+    @torch.no_grad()
+    def _changes(self, fragment: int) -> list[Tensor]:
+        """One message a unit, whole units together: a second copy of one then gets the same bits as the first."""
+        units = self._fragments[fragment].values()
+        if self._config.kind == "local_sgd":  # their mean to the last bit, which a change's would not be
+            return [_flat([member.value for member in unit]) for unit in units]
+        return [_flat([member.anchor - member.value for member in unit]) for unit in units]
+
+    def _means(self, flight: _Flight) -> list[Tensor]:
+        if flight.means is None:
+            flight.means = self._averager.start(flight.sent)
+        try:
+            return flight.means.result()
+        except BaseException:
+            flight.means = None
+            raise
+
+    @torch.no_grad()
+    def _apply(self, flight: _Flight, share: float) -> None:
+        outer = self._config.outer
+        for member, mean in self._apart(flight.fragment, self._means(flight)):
+            anchor, momentum = member.anchor, member.momentum
+            if momentum is None:
+                self._take_mean(member, mean)
+            else:
+                momentum.mul_(outer.momentum).add_(mean)
+                anchor.sub_(mean, alpha=outer.lr).sub_(momentum, alpha=outer.lr * outer.momentum)
+            if share == 1:
+                member.value.copy_(anchor)
+            else:
+                member.value.lerp_(anchor, share)
+
+    @torch.no_grad()
+    def _take_mean(self, member: _Member, mean: Tensor) -> None:
+        if self._config.kind == "local_sgd":
+            member.anchor.copy_(mean)
+        else:
+            member.anchor.sub_(mean)
+
+    def _apart(self, fragment: int, means: Sequence[Tensor]) -> Iterator[tuple[_Member, Tensor]]:
+        """Each member of a fragment with its part of a message."""
+        for unit, message in zip(self._fragments[fragment].values(), means, strict=True):
+            parts = message.split([member.value.numel() for member in unit])
+            for member, part in zip(unit, parts, strict=True):
+                yield member, part.view(member.value.shape)
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for fragment in self._fragments:
+            for member in (member for unit in fragment.values() for member in unit):
+                kept = member.value.clone()
+                member.value.copy_(member.anchor)
+                member.anchor.copy_(kept)
+
+
+def unit_of(name: str) -> str:
+    """`layers.3` for a parameter of that block; else the parameter's own name."""
+    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
+
+
+def fragment_of(unit: str, fragments: int) -> int:
+    """Blocks are dealt in turn, so that each fragment has early and late ones; the embedding goes with the first
+    fragment, what follows the blocks with the last."""
+    if unit.startswith("layers."):
+        return int(unit.removeprefix("layers.")) % fragments
+    return 0 if "embed" in unit or "position" in unit else fragments - 1
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -1,0 +1,63 @@
+"""What `train.sync` saves between copies against summing gradients every step, by the formulas, before a rank starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from muster.observe.format import size
+from muster.parallel.traffic import expected_traffic, sync_traffic
+from muster.train.plan import Training
+from muster.train.trainee import COMPUTE_DTYPE
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """Bytes that the first rank sends to other copies."""
+
+    exchange_bytes: int
+    """For one exchange of all that it holds."""
+    every: int
+    """Steps between two of those."""
+    synchronous_bytes: int
+    """In every step, where gradients are summed over copies."""
+
+    @property
+    def factor(self) -> float:
+        """How many times as much synchronous training sends."""
+        return self.synchronous_bytes * self.every / self.exchange_bytes
+
+
+def savings(training: Training) -> Savings:
+    """For a run with `train.sync`."""
+    train = training.run.train
+    sync = train.sync
+    assert sync is not None
+    exchange = sync_traffic(
+        training.spec, training.layout, 0, sequence=training.sequence, form=sync.compress
+    ).sent_bytes_by_axis()
+    summed = expected_traffic(
+        training.spec,
+        replace(training.layout, sync=None),
+        0,
+        sequence=training.sequence,
+        compute=COMPUTE_DTYPE[train.precision],
+    ).sent_bytes_by_axis()
+    return Savings(
+        exchange_bytes=sum(exchange.values()),
+        every=sync.every if sync.is_local else 1,
+        synchronous_bytes=sum(sent for axis, sent in summed.items() if axis.endswith("replicate")),
+    )
+
+
+def sentence(training: Training) -> str:
+    """What is done, what it sends and what that saves, for the terminal."""
+    sync, saved = training.run.train.sync, savings(training)
+    assert sync is not None
+    rate = f"{size(saved.exchange_bytes / saved.every)} a step to other copies, instead of "
+    rate += f"{size(saved.synchronous_bytes)}: 1/{saved.factor:.3g}"
+    if sync.kind == "delayed":
+        return f"delayed: gradients are summed during the next step's passes; a rank sends {rate}"
+    name = {"local_sgd": "local SGD", "diloco": "DiLoCo" if sync.fragments == 1 else "streaming DiLoCo"}[sync.kind]
+    form = "" if sync.compress == "none" else f" in {sync.compress}"
+    turns = "" if sync.fragments == 1 else f", {sync.fragments} fragments in turn"
+    return f"{name} every {sync.every} steps{turns}{form}: a rank sends {rate}"

@@ -60,7 +60,7 @@ def test_every_problem_at_once_sorted_by_line(problems) -> None:
     assert problems(text + "layout: {shrd: 2, zero: 7}\ndistill: {teacher: x}\nfoo: 1\n") == [
         "run.yaml:2: model.famly: unknown key - did you mean 'family'?",
         "run.yaml:8: train.batch_tokens: should be a quantity such as 4096, 4k, 4Ki, 1.5M or 2B (got '4.5.6k')",
-        "run.yaml:9: train.lr: unknown key - 'lr' belongs in train.optimizer",
+        "run.yaml:9: train.lr: unknown key - 'lr' belongs in train.optimizer or train.sync.outer",
         "run.yaml:10: train.tokens: duplicate key (first on line 7)",
         "run.yaml:11: layout.shrd: unknown key - did you mean 'shard'?",
         "run.yaml:11: layout.zero: should be 0, 1, 2 or 3 (got 7)",
@@ -245,7 +245,7 @@ def test_an_override_may_mend_the_file(write) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("train.lr=3", "train.lr: unknown key - 'lr' belongs in train.optimizer"),
+        ("train.lr=3", "train.lr: unknown key - 'lr' belongs in train.optimizer or train.sync.outer"),
         ("layout.shrd=2", "layout.shrd: unknown key - did you mean 'shard'?"),
         ("serv.port=1", "serv: unknown key - did you mean 'serve'?"),
         ("distill.x=3", "distill: not in this version of muster: remove it"),

@@ -18,6 +18,7 @@ from torch import Tensor
 from muster.comm.choice import Form
 from muster.comm.int8 import Int8AllReduce
 
+
 class Averager(Protocol):
     """Each copy's same place calls in the same order with messages of the same sizes."""
 
@@ -63,7 +64,9 @@ class GroupAverager:
             Int8AllReduce(self._group)(mean)
             return mean
         if self._form == "fp16":
-            half = message.div(copies).half()  # before the sum, so that it cannot overflow where no message does
+            half = message.div(
+                copies
+            ).half()  # before the sum, so that it cannot overflow where no message does
             dist.all_reduce(half, group=self._group)
             return half.float()
         mean = message.clone()

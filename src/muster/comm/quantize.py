@@ -60,7 +60,7 @@ def _decodable(encoded: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, T
     rows, elements = out.shape
     assert encoded.shape == (rows, encoded_bytes(elements))
     # The scales need not lie at a multiple of four bytes, so they are copied out.
-    scales = encoded[:, elements:].contiguous().view(torch.float32)
+    scales = encoded[:, elements:].clone(memory_format=torch.contiguous_format).view(torch.float32)
     return _pieces(out, encoded[:, :elements].view(torch.int8), scales)
 
 

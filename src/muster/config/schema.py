@@ -264,8 +264,8 @@ class Train:
         steps = self.tokens // self.batch_tokens
         if self.sync is not None and self.sync.is_local and self.sync.every > steps:
             raise ValueError(
-                f"sync.every ({self.sync.every}) is more than the {steps} steps of the run, so copies would never meet: "
-                f"use {steps} or less"
+                f"sync.every ({self.sync.every}) is more than the {steps} steps of the run, so copies would never "
+                f"meet: use {steps} or less"
             )
         return self
 

@@ -59,7 +59,14 @@ class Sync:
     @model_validator(mode="after")
     def _fits(self) -> Sync:
         foreign = _FOREIGN[self.kind]
-        default = {"every": 20, "fragments": 1, "overlap": 0, "mix": None, "compress": "none", "outer": Outer()}
+        default = {
+            "every": 20,
+            "fragments": 1,
+            "overlap": 0,
+            "mix": None,
+            "compress": "none",
+            "outer": Outer(),
+        }
         said = [name for name in foreign if getattr(self, name) != default[name]]
         if said:
             raise ValueError(

@@ -18,7 +18,11 @@ from muster.config.schema import Run
 Template = Literal["tiny", "small", "finetune"]
 
 _WIDTH = 100
-_ON_ONE_LINE = ("tokenizer", "layout", "sync")  # a section or another value; what the section may hold is told above it
+_ON_ONE_LINE = (
+    "tokenizer",
+    "layout",
+    "sync",
+)  # a section or another value; what the section may hold is told above it
 _HEAD = """\
 # A run of muster; train it with `muster train {file}`.
 # A key after a bare # shows its default: to change it, remove the # (and that of its section, if it has one).

@@ -59,9 +59,7 @@ def expected_traffic(
     return traffic
 
 
-def sync_traffic(
-    spec: TransformerSpec, layout: Layout, rank: int, *, sequence: int, form: Form
-) -> Traffic:
+def sync_traffic(spec: TransformerSpec, layout: Layout, rank: int, *, sequence: int, form: Form) -> Traffic:
     """What `rank` sends to other copies for one exchange of everything it holds (`train.sync`): of parameters and
     buffers, or under `delayed` of gradients. Local training does so once in `every` steps."""
     step = _Step(spec, layout, Place.of(rank, layout), sequence, torch.float32)

@@ -72,5 +72,5 @@ class DelayedGradients:
 
     def _apart(self, unit: Sequence[str], mean: Tensor) -> list[tuple[str, Tensor]]:
         shapes = [local(self._parameters[name].detach()).shape for name in unit]
-        parts = mean.split([shape.numel() for shape in shapes])
+        parts = torch.split(mean, [shape.numel() for shape in shapes])
         return [(name, part.view(shape)) for name, shape, part in zip(unit, shapes, parts, strict=True)]

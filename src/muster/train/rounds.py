@@ -9,7 +9,7 @@
 The anchor is the trained model: it is the same on all copies at any time, and what is evaluated, saved and exported.
 An outer step happens whole or not at all: it starts when every mean has arrived, and an exchange that fails may be
 tried again. Compressed changes are sent without error feedback: what rounding takes from one round's change was
-measured to make no difference (benchmarks/diloco_cpu.py), and residuals would be one more state that nobody can reshard.
+measured to make no difference (benchmarks/diloco_cpu.py), and residuals would be state that nobody can reshard.
 """
 
 from __future__ import annotations
@@ -67,17 +67,18 @@ class Rounds:
         """`parameters` and `buffers` are this rank's, by the undivided model's names, and equal on all copies now."""
         self._config, self._averager = config, averager
         values = dict(parameters) | dict(buffers)
-        self._anchors = {name: value.detach().clone() for name, value in values.items()}
+        self.anchors = {name: value.detach().clone() for name, value in values.items()}
+        """The trained model, by name."""
         self._momenta: dict[str, Tensor] = {}
         if config.kind == "diloco":
-            self._momenta = {name: torch.zeros_like(self._anchors[name]) for name in parameters}
+            self._momenta = {name: torch.zeros_like(self.anchors[name]) for name in parameters}
         self._fragments: list[dict[str, list[_Member]]] = [{} for _ in range(config.fragments)]
         for name, value in values.items():
             momentum = self._momenta.get(name)
             member = _Member(
                 name,
                 value,
-                local(self._anchors[name]),
+                local(self.anchors[name]),
                 None if momentum is None else local(momentum),
             )
             unit = unit_of(name)
@@ -119,9 +120,9 @@ class Rounds:
             self._swap()
 
     def shared(self) -> dict[str, Tensor]:
-        """State that is equal on all copies, by name: the anchor as `weights.X`, `outer.X`, and `pending.X` of an exchange
-        under way, for which this waits."""
-        state = {WEIGHTS + name: anchor for name, anchor in self._anchors.items()}
+        """State that is equal on all copies, by name: the anchor as `weights.X`, `outer.X`, and `pending.X` of an
+        exchange under way, for which this waits."""
+        state = {WEIGHTS + name: anchor for name, anchor in self.anchors.items()}
         state |= {f"outer.{name}": momentum for name, momentum in self._momenta.items()}
         if self._flight is not None:
             state |= self._pending(self._flight.fragment)
@@ -154,7 +155,7 @@ class Rounds:
 
     def _pending(self, fragment: int) -> dict[str, Tensor]:
         members = [member for unit in self._fragments[fragment].values() for member in unit]
-        return {f"pending.{member.name}": torch.empty_like(self._anchors[member.name]) for member in members}
+        return {f"pending.{member.name}": torch.empty_like(self.anchors[member.name]) for member in members}
 
     @torch.no_grad()
     def _changes(self, fragment: int) -> list[Tensor]:
@@ -198,7 +199,7 @@ class Rounds:
     def _apart(self, fragment: int, means: Sequence[Tensor]) -> Iterator[tuple[_Member, Tensor]]:
         """Each member of a fragment with its part of a message."""
         for unit, message in zip(self._fragments[fragment].values(), means, strict=True):
-            parts = message.split([member.value.numel() for member in unit])
+            parts = torch.split(message, [member.value.numel() for member in unit])
             for member, part in zip(unit, parts, strict=True):
                 yield member, part.view(member.value.shape)
 

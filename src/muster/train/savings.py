@@ -1,4 +1,4 @@
-"""What `train.sync` saves between copies against summing gradients every step, by the formulas, before a rank starts."""
+"""What `train.sync` saves between copies against summing gradients every step, by the formulas."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def sentence(training: Training) -> str:
     rate += f"{size(saved.synchronous_bytes)}: 1/{saved.factor:.3g}"
     if sync.kind == "delayed":
         return f"delayed: gradients are summed during the next step's passes; a rank sends {rate}"
-    name = {"local_sgd": "local SGD", "diloco": "DiLoCo" if sync.fragments == 1 else "streaming DiLoCo"}[sync.kind]
+    name = {"local_sgd": "local SGD", "diloco": "DiLoCo" if sync.fragments == 1 else "streaming DiLoCo"}[
+        sync.kind
+    ]
     form = "" if sync.compress == "none" else f" in {sync.compress}"
     turns = "" if sync.fragments == 1 else f", {sync.fragments} fragments in turn"
     return f"{name} every {sync.every} steps{turns}{form}: a rank sends {rate}"

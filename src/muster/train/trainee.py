@@ -107,7 +107,9 @@ class Trainee:
         seed_step(self.plan.run.train.seed, step)
         coefficient = (self.balance.coefficient if self.balance else None) or 0.0
         with meter or contextlib.nullcontext():
-            summed = self.model.train([self._inputs(batch) for batch in batches], self.sync.summed / tokens, coefficient)
+            summed = self.model.train(
+                [self._inputs(batch) for batch in batches], self.sync.summed / tokens, coefficient
+            )
         load = self.model.take_load()
         self.sync.exchange()
         named, together = self.model.named_parameters(), self.mesh.together
@@ -120,7 +122,9 @@ class Trainee:
         train = self.plan.run.train
         if train.optimizer.clip is not None:
             gradients.clip(named + self.model.copies(), norm, train.optimizer.clip)
-        lr = learning_rate(max(step - self.sync.delay, 0), self.plan.steps, train.optimizer.lr, train.schedule)
+        lr = learning_rate(
+            max(step - self.sync.delay, 0), self.plan.steps, train.optimizer.lr, train.schedule
+        )
         if step >= self.sync.delay:
             self.optimizer.step(lr)
         if load is not None and self.balance and self.balance.rate:

@@ -56,6 +56,13 @@ class Sync:
         """`mix`, decided."""
         return self.mix if self.mix is not None else 0.5 if self.overlap else 1.0
 
+    @property
+    def copies(self) -> float:
+        """Size of what it keeps on a rank, in fp32 parameters of that rank: what is sent and what arrives, and under
+        local training the anchor and its momentum."""
+        kept = {"local_sgd": 1, "diloco": 2, "delayed": 0}[self.kind]
+        return kept + 2 / self.fragments
+
     @model_validator(mode="after")
     def _fits(self) -> Sync:
         foreign = _FOREIGN[self.kind]

@@ -71,11 +71,13 @@ def estimate(
     optimizer: Literal["adamw", "muon"] = "adamw",
     device: Literal["cpu", "cuda"] = "cpu",
     pipeline_rank: int = 0,
+    sync_copies: float = 0,
 ) -> Memory:
     """A rank of that place on the pipeline axis, training on sequences of `sequence` tokens.
 
     Ranks that differ in their other places need the same, but for parameters and experts that do not divide evenly:
-    the estimate is that of the rank with most of a parameter, and of experts with an even load.
+    the estimate is that of the rank with most of a parameter, and of experts with an even load. `sync_copies`: how many
+    times its parameters' size `train.sync` adds to the optimizer's state.
     """
     compute = COMPUTE_BYTES[precision]
     parts = _layers_of_rank(spec, layout, sequence, pipeline_rank)
@@ -93,7 +95,8 @@ def estimate(
     return Memory(
         parameters_bytes=FP32 * sum(unit.shard_elements for unit in held),
         gathered_bytes=compute * _gathered(held, layout),
-        optimizer_bytes=FP32 * sum(_moment_elements(unit, optimizer) for unit in held),
+        optimizer_bytes=FP32 * sum(_moment_elements(unit, optimizer) for unit in held)
+        + round(FP32 * sync_copies * sum(unit.shard_elements for unit in held)),
         gradients_bytes=FP32 * sum(_gradient_elements(unit, layout) for unit in held),
         activations_bytes=activations,
         pipeline_bytes=_pipeline(one, parts, flying, layout),

@@ -109,6 +109,7 @@ def _memory(plan: Plan) -> str:
             optimizer=train.optimizer.kind,
             device="cuda" if torch.cuda.is_available() else "cpu",
             pipeline_rank=rank,
+            sync_copies=train.sync.copies if train.sync else 0,
         )
         for rank in range(plan.layout.pipeline)
     ]

@@ -44,6 +44,7 @@ def diloco(**keys: Any) -> dict[str, Any]:
         (diloco(fragments=3), TWO, r"train.sync.fragments \(3\) are groups of layers, of which there are 2"),
         (diloco(), TWO | {"context": 2, "zero": 0}, r"layout.zero: under train.sync .* use zero: 1 or more"),
         (diloco(), TWO | {"compress": {"gradients": "powersgd"}}, r"remove it, or use train.sync.compress"),
+        (diloco(), TWO | {"compress": {"gradients": "int8"}}, r"remove it, or use train.sync.compress"),
     ],
     ids=str,
 )  # fmt: skip

@@ -211,6 +211,33 @@ def test_copies_are_equal_where_they_meet(
         assert not same(*moments)  # each copy's own
 
 
+@pytest.mark.parametrize(
+    ("sync", "least", "most", "words"),
+    [
+        ({"kind": "diloco", "every": 3}, 3.0, 3.0, "DiLoCo every 3 steps: a rank sends"),
+        (
+            {"kind": "diloco", "every": 6, "fragments": 2, "compress": "int8"},
+            23.0,
+            24.0,
+            "2 fragments in turn in int8",
+        ),
+        ({"kind": "delayed", "compress": "fp16"}, 2.0, 2.0, "during the next step's passes"),
+    ],
+    ids=str,
+)
+def test_what_is_saved_is_told_before_anything_runs(
+    sync: dict[str, Any], least: float, most: float, words: str, corpus: Path, tmp_path: Path
+) -> None:
+    from muster.train.entry import describe
+    from muster.train.savings import savings
+
+    plan = planning.make(load_resolved(synced(sync)), base=corpus, folder=tmp_path / "run", gpus=0, ranks=2)
+    assert least <= savings(plan).factor <= most
+    (said,) = [line for line in describe(plan) if line.startswith("sync")]
+    assert words in said
+    assert said.endswith(f"1/{savings(plan).factor:.3g}")
+
+
 def tensors_of(folder: Path) -> Weights:
     from safetensors.torch import load_file
 

@@ -60,7 +60,7 @@ class GroupAverager:
         copies = self._group.size()
         if self._form == "int8":
             mean = message.clone()
-            # Used once, so that nothing is remembered: see `train/rounds.py` on error feedback.
+            # Used once, so that it remembers nothing: `train/rounds.py` says why there is no error feedback.
             Int8AllReduce(self._group)(mean)
             return mean
         if self._form == "fp16":

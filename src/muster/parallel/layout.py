@@ -240,10 +240,11 @@ def _sync_problems(said: schema.Layout, sync: schema.Sync, spec: TransformerSpec
             f": train.sync.fragments ({sync.fragments}) are groups of layers, of which there are {spec.layers}: use "
             f"{spec.layers} or less"
         )
-    if said.compress.gradients == "powersgd":
+    form = said.compress.gradients
+    if form == "powersgd" or (form != "none" and said.shard * said.context == 1):
         yield (
-            ".compress.gradients: powersgd compresses what copies send every step, which under train.sync is nothing: "
-            "remove it, or use train.sync.compress"
+            f".compress.gradients: {form} compresses what is summed in a step's passes, which under train.sync is "
+            f"nothing between copies: remove it, or use train.sync.compress"
         )
 
 

@@ -185,9 +185,9 @@ class Trainee:
 
     def restore(self, folder: Path, step: int) -> None:
         """Continue from a checkpoint taken after `step` updates, on any layout."""
-        state = self.sync.loading(self._own(), folder, step)
+        state = self.sync.loading(self._own(), folder)
         self._read(folder, state)
-        self.sync.loaded(state, step)
+        self.sync.loaded(step)
         self.optimizer.set_steps(max(step - self.sync.delay, 0))
 
     def take_weights(self, folder: Path) -> None:

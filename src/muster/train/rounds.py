@@ -145,9 +145,11 @@ class Rounds:
 
     def shared(self) -> dict[str, Tensor]:
         """State that is equal on all copies, by name: the anchor as `weights.X`, `outer.X`, and, where exchanges
-        overlap, `pending.X`: what the one under way brings, for which this waits."""
+        overlap, `pending.X`: what the one under way brings, for which this waits, and else zeros."""
         state = {WEIGHTS + name: anchor for name, anchor in self.anchors.items()}
         state |= {f"outer.{name}": momentum for name, momentum in self._momenta.items()}
+        for tensor in self._pending.values():
+            tensor.zero_()
         if self._flight is not None and self._pending:
             for member, mean in self._apart(self._flight.fragment, self._means(self._flight)):
                 local(self._pending[member.name]).copy_(mean)

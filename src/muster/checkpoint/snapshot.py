@@ -114,7 +114,7 @@ class Snapshot:
     """Updates that the copied state has seen; None before the first copy."""
 
     def __init__(self, state: State, *, owns_whole: bool) -> None:
-        self.arrangement, self._owns_whole = arrange(state, owns_whole=owns_whole), owns_whole
+        self.arrangement = arrange(state, owns_whole=owns_whole)
         on_gpu = any(local(state[shard.name]).is_cuda for shard in self.arrangement.shards)
         # Filled, so that the pages are there before the first save needs them.
         self.body = torch.zeros(self.arrangement.size_bytes, dtype=torch.uint8, pin_memory=on_gpu)
@@ -124,12 +124,6 @@ class Snapshot:
             .view(shard.shape)
             for shard in self.arrangement.shards
         }
-
-    def fitted(self, state: State) -> Snapshot:
-        """This one, or where `state` has come to hold other tensors, a new one."""
-        if arrange(state, owns_whole=self._owns_whole) == self.arrangement:
-            return self
-        return Snapshot(state, owns_whole=self._owns_whole)
 
     @torch.no_grad()
     def take(self, state: State, step: int) -> None:

@@ -24,12 +24,13 @@ class DelayedGradients:
         self._units: dict[str, list[str]] = {}
         for name in parameters:
             self._units.setdefault(unit_of(name), []).append(name)
+        self._pending = {name: torch.zeros_like(p.detach()) for name, p in parameters.items()}
         self._flight: Future[list[Tensor]] | None = None
 
     @torch.no_grad()
-    def exchange(self) -> bool:
-        """Put the mean gradients of the step before in the place of this step's, which are sent off; False in the first
-        step, which has none."""
+    def exchange(self) -> None:
+        """Put the mean gradients of the step before in the place of this step's, which are sent off; none in the first
+        step."""
         mine = [self._flat(unit) for unit in self._units.values()]
         before = None if self._flight is None else self._flight.result()
         self._flight = self._averager.start(mine)
@@ -41,29 +42,21 @@ class DelayedGradients:
         if before is None:
             for parameter in self._parameters.values():
                 parameter.grad = None
-        return before is not None
 
     def shared(self) -> dict[str, Tensor]:
-        """The gradients under way, by name (`pending.X`), for which this waits; nothing before the first step."""
-        if self._flight is None:
-            return {}
-        state = self.loading()
-        for unit, mean in zip(self._units.values(), self._flight.result(), strict=True):
-            for name, part in self._apart(unit, mean):
-                local(state[f"pending.{name}"]).copy_(part)
-        return state
+        """The gradients under way, by name (`pending.X`), for which this waits; zeros before the first step."""
+        if self._flight is not None:
+            for unit, mean in zip(self._units.values(), self._flight.result(), strict=True):
+                for name, part in self._apart(unit, mean):
+                    local(self._pending[name]).copy_(part)
+        return {f"pending.{name}": tensor for name, tensor in self._pending.items()}
 
-    def loading(self) -> dict[str, Tensor]:
-        """What `shared` gave after a step, to be filled; call `loaded` then."""
-        return {f"pending.{name}": torch.empty_like(p.detach()) for name, p in self._parameters.items()}
-
-    def loaded(self, state: Mapping[str, Tensor]) -> None:
+    def loaded(self) -> None:
+        """The tensors of `shared` have been filled with those of a run that has begun."""
         self._flight = Future()
+        units = self._units.values()
         self._flight.set_result(
-            [
-                torch.cat([local(state[f"pending.{name}"]).reshape(-1) for name in unit])
-                for unit in self._units.values()
-            ]
+            [torch.cat([local(self._pending[name]).reshape(-1) for name in unit]) for unit in units]
         )
 
     def _flat(self, unit: Sequence[str]) -> Tensor:

@@ -59,7 +59,7 @@ def forget(named: Named) -> None:
 
 
 def where_not_finite(named: Named, all_names: Sequence[str], world: World, loss: float) -> str:
-    """The first parameter whose gradient holds a nan or inf, and the ranks that hold it; all ranks must call it.
+    """The first parameter whose gradient holds a nan or inf, and the ranks that hold it; all of `world` must call.
 
     `all_names` are the undivided model's, of which a pipeline rank has some; `loss` is this rank's share of it,
     which tells of the rank that it came from where the gradients are summed over many.
@@ -67,7 +67,7 @@ def where_not_finite(named: Named, all_names: Sequence[str], world: World, loss:
     places = {name: index for index, name in enumerate(all_names)}
     found = [(places[name], _local(p.grad)) for name, p in named if p.grad is not None]
     bad = [place for place, grad in found if not bool(torch.isfinite(grad).all())]
-    first = torch.tensor(min(bad, default=len(all_names)), device=found[0][1].device)
+    first = torch.tensor(min(bad, default=len(all_names)), device=world.device)
     if world.size > 1:
         dist.all_reduce(first, op=dist.ReduceOp.MIN, group=world.group)
     holders, origins = _who(int(first) in bad, world), _who(not math.isfinite(loss), world)

@@ -48,11 +48,12 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
         tokens, evaluate_now, stop_now, *save_votes = trainee.sync.agree(
             step,
             trainee.mesh.reads_first and sum(batch.valid_tokens for batch in batches),
-            world.is_first and evaluation_due.rings(step + 1),
-            lifeline.asked,
-            *saver.votes(step),
+            [world.is_first and evaluation_due.rings(step + 1), lifeline.asked],
+            saver.votes(step),
         )
-        if not stop_now:  # else the save after this step is the one that counts, and time is short
+        if (
+            save_votes and not stop_now
+        ):  # else the save after this step is the one that counts, and time is short
             saver.after(step, save_votes)
         # The second step is like all that follow; in the first, much is done once.
         meter = Meter(trainee.mesh.groups) if step == begun + 1 and world.size > 1 else None
@@ -77,7 +78,6 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
         if step % 100 == 0:
             gc.collect(1)
 
-    trainee.sync.finish(step)
     saver.finish(step)
     if plan.corpus.held_out:
         last_evaluation = trainee.evaluate(plan.corpus)

@@ -30,7 +30,7 @@ def recover(
     2022): the same batches would lead the same parameters to the same place.
     """
     if plan.run.train.sync is not None:
-        raise bad  # what the other copies met, or whose gradients are under way, this one does not know
+        raise bad  # copies that train apart do not all come here, and what is under way knows of the step
     guard = trainee.guard
     batch = guard.batch_of(step)
     action = guard.act(step, bad.kind)

@@ -21,9 +21,9 @@ from muster.observe.records import RunLog
 from muster.observe.trackers import Tracker, open_trackers
 from muster.parallel.world import World
 from muster.resilience.sniff import outliers, sniff
+from muster.train import savings
 from muster.train.evaluate import Evaluation
 from muster.train.plan import Plan
-from muster.train.savings import sentence
 from muster.train.trainee import COMPUTE_DTYPE, Update
 
 
@@ -65,7 +65,7 @@ class Report:
             "attention": plan.attention,
         }
         if plan.run.train.sync is not None:
-            choices["sync"] = sentence(plan)
+            choices["sync"] = savings.sentence(plan)
         self.event("started", step=step, steps=plan.steps, **choices)
         self.event("speeds", ranks=[asdict(speeds) for speeds in self._ranks])
         for said in outliers(self._ranks):

@@ -56,7 +56,7 @@ class _Flight:
 
 
 class Rounds:
-    """The shared state of copies that meet: use `after_step` after every step and `finish` after the last."""
+    """The shared state of copies that meet; the names of its tensors are the same at any time."""
 
     def __init__(
         self,
@@ -64,8 +64,13 @@ class Rounds:
         buffers: Mapping[str, Tensor],
         config: schema.Sync,
         averager: Averager,
+        *,
+        last: int,
     ) -> None:
-        """`parameters` and `buffers` are this rank's, by the undivided model's names, and equal on all copies now."""
+        """`parameters` and `buffers` are this rank's, by the undivided model's names, and equal on all copies now.
+
+        `last`: the steps of the run.
+        """
         self._config, self._averager = config, averager
         values = dict(parameters) | dict(buffers)
         self.anchors = {name: value.detach().clone() for name, value in values.items()}
@@ -84,32 +89,43 @@ class Rounds:
             )
             unit = unit_of(name)
             self._fragments[fragment_of(unit, config.fragments)].setdefault(unit, []).append(member)
+        # Memory for what arrives, where saving may come before its use.
+        pending = self.anchors if config.overlap else {}
+        self._pending = {name: torch.zeros_like(anchor) for name, anchor in pending.items()}
+        self._last, self._begun = last, 0
         self._flight: _Flight | None = None
 
-    @torch.no_grad()
     def begin(self) -> None:
-        """Take the parameters as they are now for what all copies start from."""
+        """Start from the parameters as they are now, equal on all copies."""
         for fragment in self._fragments:
             for member in (member for unit in fragment.values() for member in unit):
                 member.anchor.copy_(member.value)
 
     def after_step(self, step: int) -> None:
-        """Meet, where that is due after `step` finished steps. If that fails, the same call may be made again."""
-        if step % self._config.interval == 0 and self._flight is None:
-            fragment = (step // self._config.interval - 1) % self._config.fragments
+        """Meet, where that is due after `step` finished steps, and after the last one in any case.
+
+        If that fails, the same call may be made again.
+        """
+        if step % self._config.interval == 0 and step != self._begun:
+            fragment = self._fragment_of(step)
             self._flight = _Flight(fragment, self._changes(fragment), None)
+            self._begun = step
             self._flight.means = self._averager.start(self._flight.sent)
-        if self._flight is not None and step % self._config.interval >= self._config.overlap:
-            self._apply(self._flight, self._config.share)
+        is_due = step % self._config.interval >= self._config.overlap or step == self._last
+        if self._flight is not None and is_due:
+            self._apply(self._flight)
             self._flight = None
+        if step == self._last:
+            self._close(step)
+
+    def _fragment_of(self, step: int) -> int:
+        """Whose exchange begins after `step` steps."""
+        return (step // self._config.interval - 1) % self._config.fragments
 
     @torch.no_grad()
-    def finish(self, step: int) -> None:
-        """End the run after `step` steps: all copies hold the anchor. Where copies have taken steps since they met, it
-        becomes their mean, without an outer step: momentum is that of whole rounds."""
-        if self._flight is not None:
-            self._apply(self._flight, self._config.share)
-            self._flight = None
+    def _close(self, step: int) -> None:
+        """Have all copies hold the anchor. Where they have taken steps since they met, it becomes their mean, without
+        an outer step: momentum is that of whole rounds."""
         if self._config.fragments == 1 and step % self._config.every == 0 and self._config.overlap == 0:
             return
         for fragment in range(self._config.fragments):
@@ -128,42 +144,28 @@ class Rounds:
             self._swap()
 
     def shared(self) -> dict[str, Tensor]:
-        """State that is equal on all copies, by name: the anchor as `weights.X`, `outer.X`, and `pending.X` of an
-        exchange under way, for which this waits."""
+        """State that is equal on all copies, by name: the anchor as `weights.X`, `outer.X`, and, where exchanges
+        overlap, `pending.X`: what the one under way brings, for which this waits, and else zeros."""
         state = {WEIGHTS + name: anchor for name, anchor in self.anchors.items()}
         state |= {f"outer.{name}": momentum for name, momentum in self._momenta.items()}
-        if self._flight is not None:
-            state |= self._pending(self._flight.fragment)
+        for tensor in self._pending.values():
+            tensor.zero_()
+        if self._flight is not None and self._pending:
             for member, mean in self._apart(self._flight.fragment, self._means(self._flight)):
-                local(state[f"pending.{member.name}"]).copy_(mean)
-        return state
+                local(self._pending[member.name]).copy_(mean)
+        return state | {f"pending.{name}": tensor for name, tensor in self._pending.items()}
 
-    def loading(self, step: int) -> dict[str, Tensor]:
-        """What `shared` gave after `step` steps, to be filled; call `loaded` then."""
-        self._flight = None
-        state = self.shared()
-        in_turn, since = divmod(step, self._config.interval)
-        if in_turn and since < self._config.overlap:
-            state |= self._pending((in_turn - 1) % self._config.fragments)
-        return state
-
-    def loaded(self, state: Mapping[str, Tensor]) -> None:
-        pending = [name for name in state if name.startswith("pending.")]
-        if not pending:
+    def loaded(self, step: int) -> None:
+        """The tensors of `shared` have been filled with those of `step` steps."""
+        self._flight, self._begun = None, step
+        if step < self._config.interval or step % self._config.interval >= self._config.overlap:
             return
-        fragment = fragment_of(unit_of(pending[0].removeprefix("pending.")), self._config.fragments)
-        means: Future[list[Tensor]] = Future()
-        means.set_result(
-            [
-                _flat([local(state[f"pending.{member.name}"]) for member in unit])
-                for unit in self._fragments[fragment].values()
-            ]
-        )
+        if step == self._last:
+            return
+        fragment, means = self._fragment_of(step), Future[list[Tensor]]()
+        units = self._fragments[fragment].values()
+        means.set_result([_flat([local(self._pending[m.name]) for m in unit]) for unit in units])
         self._flight = _Flight(fragment, [], means)
-
-    def _pending(self, fragment: int) -> dict[str, Tensor]:
-        members = [member for unit in self._fragments[fragment].values() for member in unit]
-        return {f"pending.{member.name}": torch.empty_like(self.anchors[member.name]) for member in members}
 
     @torch.no_grad()
     def _changes(self, fragment: int) -> list[Tensor]:
@@ -183,8 +185,8 @@ class Rounds:
             raise
 
     @torch.no_grad()
-    def _apply(self, flight: _Flight, share: float) -> None:
-        outer = self._config.outer
+    def _apply(self, flight: _Flight) -> None:
+        outer, share = self._config.outer, self._config.share
         for member, mean in self._apart(flight.fragment, self._means(flight)):
             anchor, momentum = member.anchor, member.momentum
             if momentum is None:

@@ -145,12 +145,7 @@ class Saver:
         self._score = step, evaluation.loss
 
     def after(self, step: int, votes: Sequence[float]) -> None:
-        """With the sums of all ranks' votes after `step`: finish what can be, and begin what is due.
-
-        There are none while copies train apart (`sync.py`): then nothing is done.
-        """
-        if not votes:
-            return
+        """With the sums of all ranks' votes after `step`: finish what can be, and begin what is due."""
         due, busy, failed = votes
         if self._writing is not None and not busy:
             self._settle(bool(failed))
@@ -214,8 +209,7 @@ class Saver:
         if any(self._world.sum(refusal is not None)):
             return
         state, rank, partial = self._state(), self._world.rank, shelf.partial_of(self._shelf, step)
-        if self._snapshot is not None:
-            snapshot = self._snapshot = self._snapshot.fitted(state)
+        if (snapshot := self._snapshot) is not None:
             snapshot.take(state, step)
             self._work.start(lambda: write_file(snapshot.pieces(), self._state_bytes, partial, rank))
         else:

@@ -5,7 +5,7 @@ Without it, gradients are summed over copies within the passes, and there is not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -36,33 +36,34 @@ class Sync(Protocol):
     summed: int
     """Copies whose gradients are to be summed after the passes, by what takes their mean."""
 
-    def begin(self) -> None:
-        """Take the parameters as they are now for what all copies start from."""
+    def agree(self, step: int, tokens: float, due: Sequence[bool], votes: Sequence[float]) -> list[float]:
+        """One exchange before the step that follows `step` finished ones: sums of what the ranks say.
 
-    def agree(self, step: int, tokens: float, due: bool, asked: bool, *votes: float) -> list[float]:
-        """Sums over ranks: the valid tokens that the loss of the coming step is divided by, whether what some rank's
-        clock calls due is to be done after it, and whether any was asked to stop; then the votes, none of which are
-        returned before copies meet."""
+        The valid tokens that the loss of the coming step is divided by; which of the things called `due` are to be
+        done after it; and the `votes` on the state as it is, or none where that is no place to hear them.
+        """
+
+    def begin(self) -> None:
+        """The parameters were set anew, alike on all copies."""
 
     def exchange(self) -> None:
         """Between the passes and the optimizer: put the gradients in place that are applied now."""
 
     def after_step(self, step: int, update: Update) -> Update:
-        """After `step` finished steps: meet, where that is due. Returns what there is to tell of all copies."""
-
-    def finish(self, step: int) -> None:
-        """After the last step: all copies hold the same parameters when it returns."""
+        """After `step` finished steps: meet, where that is due, and after the last one in any case: all copies hold the
+        same parameters then. Returns what there is to tell of all copies."""
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Within, parameters are those of the trained model, on all copies alike."""
 
     def state(self, own: Tensors) -> dict[str, Tensor]:
-        """What a checkpoint holds of this rank, by name; `own` are its parameters, buffers and optimizer state."""
+        """What a checkpoint holds of this rank, by name, the same names at any time; `own` are its parameters, buffers
+        and optimizer state."""
 
-    def loading(self, own: Tensors, folder: Path, step: int) -> dict[str, Tensor]:
-        """What to fill, by its name in a checkpoint of `step` steps; call `loaded` then."""
+    def loading(self, own: Tensors, folder: Path) -> dict[str, Tensor]:
+        """What to fill, by its name in the checkpoint in `folder`; call `loaded` then."""
 
-    def loaded(self, state: Tensors) -> None: ...
+    def loaded(self, step: int) -> None: ...
 
 
 def make_sync(
@@ -72,11 +73,14 @@ def make_sync(
     parameters: Mapping[str, nn.Parameter],
     buffers: Mapping[str, Tensor],
     *,
-    is_told: Callable[[int], bool],
+    last: int,
+    told_every: int,
     averager: Averager | None = None,
 ) -> Sync:
-    """What `config` asks for; `is_told` says after which steps figures are. `averager` replaces the one over the mesh's
-    axis `replicate`."""
+    """What `config` asks for, in a run of `last` steps whose figures are told every `told_every`.
+
+    `averager` replaces the one over the mesh's axis `replicate`.
+    """
     if config is None:
         return EveryStep(world)
     averager = averager or GroupAverager(
@@ -86,8 +90,8 @@ def make_sync(
     )
     if config.kind == "delayed":
         return Delayed(world, DelayedGradients(parameters, averager), mesh.layout.replicate)
-    rounds = Rounds(parameters, buffers, config, averager)
-    return Local(config, mesh, world, rounds, is_told)
+    rounds = Rounds(parameters, buffers, config, averager, last=last)
+    return Local(config, mesh, world, rounds, lambda step: step % told_every == 0 or step == last)
 
 
 class EveryStep:
@@ -98,11 +102,11 @@ class EveryStep:
     def __init__(self, world: World) -> None:
         self._world = world
 
+    def agree(self, step: int, tokens: float, due: Sequence[bool], votes: Sequence[float]) -> list[float]:
+        return self._world.sum(tokens, *due, *votes)
+
     def begin(self) -> None:
         pass
-
-    def agree(self, step: int, tokens: float, due: bool, asked: bool, *votes: float) -> list[float]:
-        return self._world.sum(tokens, due, asked, *votes)
 
     def exchange(self) -> None:
         pass
@@ -110,19 +114,16 @@ class EveryStep:
     def after_step(self, step: int, update: Update) -> Update:
         return update
 
-    def finish(self, step: int) -> None:
-        pass
-
     def evaluating(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def state(self, own: Tensors) -> dict[str, Tensor]:
         return dict(own)
 
-    def loading(self, own: Tensors, folder: Path, step: int) -> dict[str, Tensor]:
+    def loading(self, own: Tensors, folder: Path) -> dict[str, Tensor]:
         return dict(own)
 
-    def loaded(self, state: Tensors) -> None:
+    def loaded(self, step: int) -> None:
         pass
 
 
@@ -139,20 +140,21 @@ class Delayed(EveryStep):
     def state(self, own: Tensors) -> dict[str, Tensor]:
         return {**own, **self._gradients.shared()}
 
-    def loading(self, own: Tensors, folder: Path, step: int) -> dict[str, Tensor]:
-        return {**own, **self._gradients.loading()}
+    def loading(self, own: Tensors, folder: Path) -> dict[str, Tensor]:
+        return self.state(own)
 
-    def loaded(self, state: Tensors) -> None:
-        self._gradients.loaded(state)
+    def loaded(self, step: int) -> None:
+        if step:
+            self._gradients.loaded()
 
 
 class Local:
     """Copies take steps of their own and meet every so often; until then they exchange nothing but, on the steps that
     are told of, their figures.
 
-    What is due waits for the next meeting. A checkpoint holds every copy's parameters and moments beside what they
-    share, so it is exact at any step, in the middle of a round too; with more copies than were saved, further ones
-    begin as the saved ones were, and with fewer the last ones' steps since they met are lost.
+    What is due waits for the next meeting, and so does saving. A checkpoint holds every copy's parameters and moments
+    beside what they share, so it is exact at any step, in the middle of a round too; with more copies than were
+    saved, further ones begin as the saved ones were, and with fewer the last ones' steps since they met are lost.
     """
 
     delay, summed = 0, 1
@@ -162,18 +164,20 @@ class Local:
     ) -> None:
         self._config, self._world, self._together, self._rounds = config, world, mesh.together, rounds
         self._copy, self._copies, self._is_told = mesh.place.replicate, mesh.layout.replicate, is_told
-        self._due = False
+        self._due: list[bool] = []
+
+    def agree(self, step: int, tokens: float, due: Sequence[bool], votes: Sequence[float]) -> list[float]:
+        self._due = [now or before for now, before in zip(due, self._due or due, strict=True)]
+        agreed = self._together.sum(tokens) + [0.0 for _ in due]
+        if (step + 1) % self._config.interval == 0:
+            agreed[1:] = self._world.sum(*self._due)
+            self._due = []
+        if step % self._config.interval == 0:
+            agreed += self._world.sum(*votes)
+        return agreed
 
     def begin(self) -> None:
         self._rounds.begin()
-
-    def agree(self, step: int, tokens: float, due: bool, asked: bool, *votes: float) -> list[float]:
-        self._due = self._due or due
-        agreed = self._together.sum(tokens)
-        if (step + 1) % self._config.interval:
-            return [*agreed, False, False]
-        due, self._due = self._due, False
-        return agreed + self._world.sum(due, asked, *votes)
 
     def exchange(self) -> None:
         pass
@@ -186,21 +190,18 @@ class Local:
             update = replace(update, loss=loss / self._world.size, gradient_norm=norm / self._world.size)
         return replace(update, tokens=update.tokens * self._copies)  # as many in each, but for a few
 
-    def finish(self, step: int) -> None:
-        self._rounds.finish(step)
-
     def evaluating(self) -> AbstractContextManager[None]:
         return self._rounds.anchored()
 
     def state(self, own: Tensors) -> dict[str, Tensor]:
         return self._of(self._copy, own) | self._rounds.shared()
 
-    def loading(self, own: Tensors, folder: Path, step: int) -> dict[str, Tensor]:
+    def loading(self, own: Tensors, folder: Path) -> dict[str, Tensor]:
         saved = manifest.read(folder).layout["replicate"]
-        return self._of(self._copy % saved, own) | self._rounds.loading(step)
+        return self._of(self._copy % saved, own) | self._rounds.shared()
 
-    def loaded(self, state: Tensors) -> None:
-        self._rounds.loaded(state)
+    def loaded(self, step: int) -> None:
+        self._rounds.loaded(step)
 
     def _of(self, copy: int, own: Tensors) -> dict[str, Tensor]:
         return {f"{OF_COPY}{copy}.{name}": tensor for name, tensor in own.items()}

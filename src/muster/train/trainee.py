@@ -89,14 +89,15 @@ class Trainee:
             scratch=plan.folder if plan.layout.offload == "disk" else None,
         )
         self.guard = Guard(plan.run.faults)
-        self._copies = Copies(self.mesh.together)
+        self._copies = Copies(world)
         self.sync = make_sync(
             plan.run.train.sync,
             self.mesh,
             world,
             dict(self.model.named_parameters()) | copies,
             dict(self.model.named_buffers()),
-            is_told=lambda step: step % plan.run.train.log_every == 0 or step == plan.steps,
+            last=plan.steps,
+            told_every=plan.run.train.log_every,
         )
 
     @explained
@@ -107,7 +108,8 @@ class Trainee:
 
         The loss of a step is the summed cross entropy over the global batch divided by its
         valid tokens, never a mean of means, so no layout changes it. (Under local training the batch is that of this
-        rank's copy.) A `meter` counts what the passes send. BadStep on all ranks where the guard refuses the step.
+        rank's copy.) A `meter` counts what the passes send. BadStep where the guard refuses the step, on all ranks
+        that take it together.
         """
         with meter or contextlib.nullcontext():
             summed = self.accumulate(step, batches, 1 / tokens)
@@ -167,7 +169,7 @@ class Trainee:
     def check_copies(self, step: int) -> None:
         """Compare the bits of everything that several ranks hold; TrainingError where they differ."""
         if self.plan.run.faults.checksum_every is not None:
-            named = self._own().items()
+            named = self.sync.state(self._own()).items()
             self._copies.check([(name.replace(_COPY, ""), tensor) for name, tensor in named], step)
 
     @explained
@@ -209,19 +211,20 @@ class Trainee:
 
     def restore(self, folder: Path, step: int) -> None:
         """Continue from a checkpoint taken after `step` updates, on any layout."""
-        state = self.sync.loading(self._own(), folder, step)
-        self._read(state, folder)
-        self.sync.loaded(state)
+        state = self.sync.loading(self._own(), folder)
+        self._read(folder, state)
+        self.sync.loaded(step)
         self.optimizer.set_steps(max(step - self.sync.delay, 0))
 
     def take_weights(self, folder: Path) -> None:
         """Begin with the weights of a checkpoint of the same model, from any layout; each rank reads its part."""
-        self._read({name: own for name, own in self._own().items() if name.startswith(WEIGHTS)}, folder)
+        own = self._own()
+        self._read(folder, {name: tensor for name, tensor in own.items() if name.startswith(WEIGHTS)})
         self.sync.begin()
 
-    def _read(self, state: Mapping[str, Tensor], folder: Path) -> None:
-        read_shards({name: tensor for name, tensor in state.items() if _COPY not in name}, folder)
-        copies = {name.replace(_COPY, ""): tensor for name, tensor in state.items() if _COPY in name}
+    def _read(self, folder: Path, chosen: Mapping[str, Tensor]) -> None:
+        read_shards({name: tensor for name, tensor in chosen.items() if _COPY not in name}, folder)
+        copies = {name.replace(_COPY, ""): tensor for name, tensor in chosen.items() if _COPY in name}
         if copies:
             read_shards(copies, folder)
 

@@ -29,7 +29,12 @@ bench: setup
 	$(BIN)/python benchmarks/deepspeed_cpu.py --json benchmarks/results/deepspeed_cpu.json
 	$(BIN)/python benchmarks/tokenizing.py --json benchmarks/results/tokenizing.json
 	$(BIN)/python benchmarks/pipeline_bubble.py --json benchmarks/results/pipeline_bubble.json
+	$(BIN)/python benchmarks/memory_cpu.py --json benchmarks/results/memory_cpu.json
 	$(BIN)/python benchmarks/muon.py --json benchmarks/results/muon.json
+	$(BIN)/python benchmarks/checkpoint_cpu.py --json benchmarks/results/checkpoint_cpu.json
+	$(BIN)/python benchmarks/faults.py --full --json benchmarks/results/faults.json
+	$(BIN)/python benchmarks/faults_groups.py --json benchmarks/results/faults_groups.json
+	$(BIN)/python benchmarks/diloco_cpu.py --json benchmarks/results/diloco_cpu.json
 
 readme: setup
 	$(BIN)/python scripts/readme.py

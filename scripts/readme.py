@@ -3,8 +3,7 @@
 A block is a shell session: a line that starts with `$ ` is run, the lines below it are its output. The blocks
 run in order in one scratch folder; a command that ends with ` &` stays up until the end. The test suite runs
 the same sessions and checks that every command still succeeds and prints lines of the same kind.
-Between the markers for demo, bench and attention it pastes the last `make demo | tee build/demo.log`
-and the last benchmarks (benchmarks/results/train_cpu.json, attention_cpu.json).
+Between its markers it pastes the last `make demo | tee build/demo.log` and the last benchmarks (benchmarks/results/).
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ README = ROOT / "README.md"
 BENCH = ROOT / "benchmarks" / "results" / "train_cpu.json"
 ATTENTION = ROOT / "benchmarks" / "results" / "attention_cpu.json"
 PEERS = ROOT / "benchmarks" / "results" / "deepspeed_cpu.json"
+FAULTS = ROOT / "benchmarks" / "results" / "faults.json"
+BUBBLE = ROOT / "benchmarks" / "results" / "pipeline_bubble.json"
 _BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 _READY_S = 60.0
 
@@ -109,6 +110,8 @@ def main() -> None:
     markdown = paste(markdown, "bench", bench_table(json.loads(BENCH.read_text())))
     markdown = paste(markdown, "attention", attention_table(json.loads(ATTENTION.read_text())))
     markdown = paste(markdown, "peers", peers_table(json.loads(PEERS.read_text())))
+    markdown = paste(markdown, "faults", faults_table(json.loads(FAULTS.read_text())))
+    markdown = paste(markdown, "bubble", bubble_table(json.loads(BUBBLE.read_text())))
     README.write_text(markdown)
 
 
@@ -163,6 +166,30 @@ def peers_table(result: dict[str, Any]) -> str:
         )
     rows.append(f"\n{result['machine']}, {result['date']}; {', '.join(result['packages'])}.")
     return "\n".join(rows) + "\n"
+
+
+def faults_table(result: dict[str, Any]) -> str:
+    """The promises about faults, and how often each was kept."""
+    rows = ["| promise | kept | |", "|---|---|---|"]
+    rows += [
+        f"| {row['promise']} | {row['kept']} of {row['trials']} | {row['said']} |" for row in result["rows"]
+    ]
+    rows.append(f"\n{result['machine']}, {result['date']}.")
+    return "\n".join(rows) + "\n"
+
+
+def bubble_table(result: dict[str, Any]) -> str:
+    """The share of time in which pipeline ranks wait: recorded, and simulated from the means of the operations."""
+    schedules = result["schedules"]
+    return "\n".join(
+        [
+            "| schedule | " + " | ".join(row["schedule"] for row in schedules) + " |",
+            "|---" * (len(schedules) + 1) + "|",
+            "| recorded | " + " | ".join(f"{row['recorded']:.1%}" for row in schedules) + " |",
+            "| simulated | " + " | ".join(f"{row['simulated']:.1%}" for row in schedules) + " |",
+            f"\n{result['machine']}, {result['date']}.\n",
+        ]
+    )
 
 
 def attention_table(result: dict[str, Any]) -> str:

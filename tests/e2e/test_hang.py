@@ -74,5 +74,5 @@ def test_the_culprit_is_named_last(number: int, sent: signal.Signals, said: str,
     assert len(reports) == (sent == signal.SIGSTOP)
     for report in reports:
         text = report.read_text()
-        for words in (f"| {number} (culprit) |", "all_gather", "loop.py"):
+        for words in (f"| {number} (culprit) |", "message(", "loop.py"):
             assert words in text, text

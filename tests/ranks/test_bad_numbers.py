@@ -143,9 +143,7 @@ def train_on_failing_memory(
     def update(self: Any, step: int, *rest: Any, **more: Any) -> Any:
         if step == BAD and not failed and int(os.environ["RANK"]) == (last if on is None else on):
             tensors = {
-                key.split(".", 1)[1]: tensor
-                for key, tensor in self._everything().items()
-                if "weights." in key
+                key.split(".", 1)[1]: tensor for key, tensor in self._own().items() if "weights." in key
             }
             victim = local(tensors[name]).view(-1)
             if fault == "nan":

@@ -22,7 +22,8 @@ from muster.parallel.world import World
 _PRODUCT_SIZE = 1024
 _COPY_BYTES = 32 << 20
 _MESSAGE_BYTES = 1 << 20
-_REPEATS = 3
+_REPEATS, _MESSAGE_REPEATS = 3, 20
+"""Messages are short, so a busy neighbour would catch all of a few."""
 _LEAST_Z = 5.0
 _SPREAD = 0.05
 """Least spread that is assumed between healthy ranks, as a share of their median."""
@@ -82,16 +83,22 @@ def outliers(ranks: Sequence[Speeds]) -> list[str]:
     """A sentence for each figure of a rank that is less than half of the others' median, and far off their spread."""
     found = []
     for name, (what, unit, unit_name) in _SAID.items():
+        if name == "link_bytes_per_s" and len(ranks) == 2:
+            continue  # both are ends of one link
         values = [getattr(speeds, name) for speeds in ranks]
         for rank, value in enumerate(values):
             others = values[:rank] + values[rank + 1 :]
             if others and _is_low(value, others):
                 median = statistics.median(others)
                 found.append(
-                    f"rank {rank} is slow at {what}: {value / unit:.3g} {unit_name}, while the other ranks' median is "
-                    f"{median / unit:.3g}; every step will wait for it: look what else runs there"
+                    f"rank {rank} is slow at {what}: {_figure(value / unit)} {unit_name}, while the other ranks' "
+                    f"median is {_figure(median / unit)}; every step will wait for it: look what else runs there"
                 )
     return found
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def product_is_right(dtype: torch.dtype, device: torch.device) -> bool:
@@ -135,16 +142,16 @@ def _link(world: World) -> float:
             for work in dist.batch_isend_irecv(works):
                 work.wait()
 
-        rates.append(_MESSAGE_BYTES / _best(exchange, world.device))
+        rates.append(_MESSAGE_BYTES / _best(exchange, world.device, _MESSAGE_REPEATS))
     world.barrier()
     return max(rates)
 
 
-def _best(work: Callable[[], object], device: torch.device) -> float:
+def _best(work: Callable[[], object], device: torch.device, repeats: int = _REPEATS) -> float:
     """Seconds of the fastest of a few calls after a first one."""
     work()
     best = math.inf
-    for _ in range(_REPEATS):
+    for _ in range(repeats):
         _synchronize(device)
         start = time.perf_counter()
         work()

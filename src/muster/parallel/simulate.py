@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["F", "B", "I", "W"]
@@ -46,6 +46,12 @@ class Delays:
     """From the end of an operation to the start of the next on the same rank."""
     transfer_s: float = 0.0
     """From the end of an operation to the start of one on another rank that waits for its result."""
+    gaps_s: Mapping[tuple[int, Kind], float] = field(default_factory=dict)
+    """The gap before the operations of a stage and kind, where it is known: those that take in what another rank sent
+    begin later."""
+
+    def before_s(self, action: Action) -> float:
+        return self.gaps_s.get((action.stage, action.kind), self.gap_s)
 
 
 def simulate(
@@ -69,7 +75,7 @@ def simulate(
                 ready_s = [_arrival_s(need, rank, delays) for need in needs if need is not None]
                 if len(ready_s) < len(needs):
                     break
-                start_s = max([free_s[rank] + (delays.gap_s if position[rank] else 0.0), *ready_s])
+                start_s = max([free_s[rank] + (delays.before_s(action) if position[rank] else 0.0), *ready_s])
                 free_s[rank] = start_s + duration_s(action)
                 done[action] = Operation(
                     rank, action.stage, action.kind, action.microbatch, start_s, free_s[rank]
@@ -105,17 +111,22 @@ def mean_delays(operations: Sequence[Operation]) -> Delays:
     """The mean delays in one recorded step: gaps where nothing was waited for, transfers where something was."""
     stages = 1 + max(operation.stage for operation in operations)
     done = {_action(operation): operation for operation in operations}
-    gaps_s, transfers_s = [], []
+    gaps_s: dict[tuple[int, Kind], list[float]] = {}
+    transfers_s = []
     for rank in {operation.rank for operation in operations}:
         own = sorted((o for o in operations if o.rank == rank), key=lambda o: o.start_s)
         for before, now in itertools.pairwise(own):
             needs = [_finished(need, done) for need in _needs(_action(now), stages)]
             ready_s = max((need.end_s for need in needs if need and need.rank != rank), default=-math.inf)
             if ready_s <= before.end_s:
-                gaps_s.append(now.start_s - before.end_s)
+                gaps_s.setdefault((now.stage, now.kind), []).append(now.start_s - before.end_s)
             else:
                 transfers_s.append(now.start_s - ready_s)
-    return Delays(gap_s=_mean(gaps_s), transfer_s=_mean(transfers_s))
+    return Delays(
+        gap_s=_mean([gap_s for found in gaps_s.values() for gap_s in found]),
+        transfer_s=_mean(transfers_s),
+        gaps_s={key: _mean(found) for key, found in gaps_s.items()},
+    )
 
 
 def _action(operation: Operation) -> Action:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from muster.cli import main
 from muster.resilience.forked import free_port
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -32,6 +33,7 @@ _PRELOAD = [
 _DEADLINE_S = 120.0
 
 RunRanks = Callable[..., list[Any]]
+Muster = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -99,3 +101,16 @@ def _rank(
         answer = (False, traceback.format_exc())
     pipe.send(answer)
     pipe.close()
+
+
+@pytest.fixture
+def muster(capsys: pytest.CaptureFixture[str]) -> Muster:
+    """`muster(*arguments)` runs the command in this process: (exit code, stdout, stderr)."""
+
+    def muster(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return int(str(ended.value.code)), said.out, said.err
+
+    return muster

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from muster.config.load import load_run, run_schema
-
-Muster = Callable[..., tuple[int, str, str]]
+from tests.conftest import Muster
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,7 @@ from safetensors.numpy import save_file
 from muster.checkpoint.manifest import FORMAT, Manifest, sum_file
 from muster.checkpoint.sealed import seal
 from muster.observe.records import RunLog
-
-Muster = Callable[..., tuple[int, str, str]]
+from tests.conftest import Muster
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from muster.observe.records import RunLog
-
-Muster = Callable[..., tuple[int, str, str]]
+from tests.conftest import Muster
 
 
 def make_run(folder: Path) -> None:

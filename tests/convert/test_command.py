@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,13 @@ import torch
 from ruamel.yaml import YAML
 
 from muster.checkpoint import manifest, shelf
-from muster.cli import main
 from muster.data.tokenizer import Tokenizer
 from muster.export.trained import load_trained
 from muster.model.folder import open_weights, read_spec, save_folder
 from muster.model.transformer import named_tensors
+from tests.conftest import Muster
 from tests.convert.writers import STEPS, State, deepspeed, megatron, spec, state_of
 from tests.toy import tiny, train_here, write_corpus
-
-Muster = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def muster(capsys: pytest.CaptureFixture[str]) -> Muster:
-    def muster(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return int(str(ended.value.code)), said.out, said.err
-
-    return muster
 
 
 def like(folder: Path, **changes: Any) -> Path:

@@ -10,6 +10,8 @@ They are operators of torch, so that whoever listens to its dispatcher (`meter.p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,6 +21,15 @@ _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else 
 _reduce_scatter = (
     dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
 )
+
+
+class Allocating:
+    """The half of FSDP2's contract for hooks that says where buffers come from."""
+
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
 
 
 def all_gather(out: Tensor, own: Tensor, *, group: dist.ProcessGroup) -> None:
@@ -39,7 +50,7 @@ def reduce_scatter(own: Tensor, whole: Tensor, *, group: dist.ProcessGroup) -> N
 
 @torch.library.custom_op("muster::all_gather", mutates_args=("out",))
 def _direct_all_gather(out: Tensor, own: Tensor, group_name: str) -> None:
-    group = _group(group_name)
+    group = group_of(group_name)
     me, ranks = group.rank(), group.size()
     parts = out.view(ranks, *own.shape)
     pending = []
@@ -55,7 +66,7 @@ def _direct_all_gather(out: Tensor, own: Tensor, group_name: str) -> None:
 
 @torch.library.custom_op("muster::reduce_scatter", mutates_args=("own",))
 def _direct_reduce_scatter(own: Tensor, whole: Tensor, group_name: str) -> None:
-    group = _group(group_name)
+    group = group_of(group_name)
     me, ranks = group.rank(), group.size()
     parts = whole.view(ranks, *own.shape)
     own.copy_(parts[me])
@@ -71,6 +82,7 @@ def _direct_reduce_scatter(own: Tensor, whole: Tensor, group_name: str) -> None:
         sent.wait()
 
 
-def _group(name: str) -> dist.ProcessGroup:
+def group_of(name: str) -> dist.ProcessGroup:
+    """The process group of that name."""
     # Private, because torch hands out names but publishes no way back from a name to its group.
     return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]

@@ -17,13 +17,11 @@ on links below some 1 to 2 GB/s for each rank, not between processes of one mach
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muster.comm.collectives import all_gather
+from muster.comm.collectives import Allocating, all_gather
 from muster.comm.quantize import add_decoded, decode, encode, encoded_bytes
 
 
@@ -52,16 +50,7 @@ class Feedback:
         return encoded
 
 
-class _Allocating:
-    """The half of FSDP2's hook contract that says where buffers come from."""
-
-    def allocate(
-        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-
-class Int8AllGather(_Allocating):
+class Int8AllGather(Allocating):
     """For `FSDPModule.set_custom_all_gather`. Every rank decodes the same bytes, its own part too: all hold equal
     parameters. The master weights stay exact, so errors do not add up over steps."""
 
@@ -77,7 +66,7 @@ class Int8AllGather(_Allocating):
         decode(arrived, output_tensor.view(group.size(), -1))
 
 
-class Int8ReduceScatter(_Allocating):
+class Int8ReduceScatter(Allocating):
     """For `FSDPModule.set_custom_reduce_scatter`, one for each unit: it keeps that unit's residual."""
 
     def __init__(self) -> None:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 # Documented as the way to see every operation, under this name only.
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from muster.comm.collectives import group_of
 from muster.comm.traffic import Kind, Traffic
 
 OTHER = "other"
@@ -81,9 +82,7 @@ def _group(args: tuple[Any, ...]) -> dist.ProcessGroup:
             return arg
         if isinstance(arg, torch.ScriptObject) and arg._type().name() == "ProcessGroup":  # type: ignore[attr-defined]
             return dist.ProcessGroup.unbox(arg)
-    # Private, because torch hands out names but publishes no way back from a name to its group.
-    name = next(arg for arg in reversed(args) if isinstance(arg, str))
-    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    return group_of(next(arg for arg in reversed(args) if isinstance(arg, str)))
 
 
 def _bytes(value: Any) -> int:

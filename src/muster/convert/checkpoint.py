@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import muster
-from muster.checkpoint import manifest, shelf
-from muster.checkpoint.manifest import Manifest
+from muster.checkpoint import shelf
 from muster.checkpoint.state import WEIGHTS, collect_sums, write_shards
-from muster.config.digest import digest, identity
 from muster.convert.source import KINDS, Source, refuse_other_model
 from muster.errors import UsageError
 from muster.model.transformer import Transformer, named_tensors
 from muster.train.plan import Plan
+from muster.train.saves import describe
 
 _FILE_BYTES = 2_000_000_000
 
@@ -59,23 +55,8 @@ def write_checkpoint(source: Source, plan: Plan) -> Path:
         for group in _groups(source, plan):
             write_shards(group, partial, files, owns_whole=True)
             files += 1
-        content = Manifest(
-            format=manifest.FORMAT,
-            step=source.steps,
-            tokens=source.steps * plan.run.train.batch_tokens,
-            seed=plan.run.train.seed,
-            digest=digest(plan.run),
-            identity=identity(plan.run),
-            layout=asdict(plan.layout),
-            model=asdict(plan.spec),
-            versions={
-                "muster": muster.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "converted": source.label,
-            },
-            files=collect_sums(partial, files),
-        )
+        content = describe(plan, source.steps, collect_sums(partial, files))
+        content.versions["converted"] = source.label
         return shelf.commit(kept, source.steps, content)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

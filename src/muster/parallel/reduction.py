@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from muster.comm.collectives import all_gather, reduce_scatter
+from muster.comm.collectives import Allocating, all_gather, reduce_scatter
 
 
 def install(unit: FSDPModule, *, shard: int, device: torch.device) -> None:
@@ -49,19 +49,14 @@ class InPlaceReduction:
         raise AssertionError("a reduce-scatter over one rank needs no communication")
 
 
-class _Allocating:
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-
-class _AllGather(_Allocating):
+class _AllGather(Allocating):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
         all_gather(output_tensor, input_tensor, group=group)
 
 
-class _ReduceScatter(_Allocating):
+class _ReduceScatter(Allocating):
     def __call__(
         self,
         output_tensor: Tensor,

@@ -25,9 +25,9 @@ TIMED: tuple[Phase, ...] = ("data", "forward", "backward", "optimizer")
 _NUMBER = {phase: number for number, phase in enumerate(PHASES)}
 _HEADER = 8
 _REQUEST, _RELEASE = range(2)
-_PID, _RANK, _STEP, _PHASE, _SINCE, _BEATS, _WAIT_SINCE, _WAITS = range(8)
+_PID, _RANK, _STEP, _FIRST_STEP, _PHASE, _SINCE, _BEATS, _WAIT_SINCE, _WAITS = range(_TIMES := 9)
 _ROWS, _ROW = 16, 1 + len(TIMED)
-_WORDS = 8 + _ROWS * _ROW
+_WORDS = _TIMES + _ROWS * _ROW
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +46,8 @@ class Pulse:
     rank: int
     step: int
     """The step it is in, counted from 1; 0 before the first."""
+    is_first_step: bool
+    """Whether that is the first one of this process."""
     phase: Phase
     in_phase_s: float
     beats: int
@@ -83,7 +85,7 @@ class Board:
         for slot in range(self.ranks):
             row = self._row(slot)
             if row[_PID] and row[_RANK] == rank:
-                found = [list(row[8 + i * _ROW : 8 + (i + 1) * _ROW]) for i in range(_ROWS)]
+                found = [list(row[_TIMES + i * _ROW : _TIMES + (i + 1) * _ROW]) for i in range(_ROWS)]
                 rows = [StepTimes(step=r[0], seconds=tuple(ns / 1e9 for ns in r[1:])) for r in found if r[0]]
                 return sorted(rows, key=lambda times: times.step)
         return []
@@ -112,6 +114,7 @@ class Board:
             pid=row[_PID],
             rank=row[_RANK],
             step=row[_STEP],
+            is_first_step=row[_STEP] == row[_FIRST_STEP],
             phase=PHASES[row[_PHASE]],
             in_phase_s=(now - row[_SINCE]) / 1e9,
             beats=row[_BEATS],
@@ -152,11 +155,13 @@ class Beat:
         self.enter("data")
         own, row = self._own, self._row
         if done := row[_STEP]:
-            at = 8 + done % _ROWS * _ROW
+            at = _TIMES + done % _ROWS * _ROW
             row[at] = 0  # whoever reads now sees no row rather than half of one
             for index, phase in enumerate(TIMED):
                 row[at + 1 + index] = own[_NUMBER[phase]]
             row[at] = done
+        else:
+            row[_FIRST_STEP] = step
         for number in range(len(own)):
             own[number] = 0
         row[_STEP] = step

@@ -75,7 +75,6 @@ class Watchdog:
         self._marks: tuple[tuple[int, ...], ...] = ()
         self._since = time.monotonic()
         self._steady, self._usual_s = False, 0.0
-        self._first_steps: dict[int, int] = {}
         self._failing_since: float | None = None
         self._end = threading.Event()
         self.verdict: Verdict | None = None
@@ -146,9 +145,7 @@ class Watchdog:
     def _patience(self, pulse: Pulse) -> float:
         if pulse.phase in _PATIENCE:
             return _PATIENCE[pulse.phase]
-        self._first_steps.setdefault(pulse.pid, pulse.step)
-        first = pulse.step == self._first_steps[pulse.pid] and pulse.phase != "done"
-        return _FIRST_STEP_PATIENCE if first else 1.0
+        return _FIRST_STEP_PATIENCE if pulse.is_first_step and pulse.phase != "done" else 1.0
 
     def _look(self, pulses: list[Pulse]) -> None:
         """What need not be known at once: who is slow, and how much each holds."""

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +17,7 @@ import torch
 import muster
 from muster.checkpoint import manifest, shelf
 from muster.checkpoint.background import Background
-from muster.checkpoint.manifest import Manifest
+from muster.checkpoint.manifest import FileSum, Manifest
 from muster.checkpoint.snapshot import Snapshot, arrange
 from muster.checkpoint.state import collect_sums, refusals, refused, write_file, write_shards
 from muster.config.digest import differences, digest, identity
@@ -240,23 +240,9 @@ class Saver:
         """Runs in the background, on the first rank."""
         plan, step = self._plan, flight.step
         try:
-            content = Manifest(
-                format=manifest.FORMAT,
-                step=step,
-                tokens=step * plan.run.train.batch_tokens,
-                seed=plan.run.train.seed,
-                digest=digest(plan.run),
-                identity=identity(plan.run),
-                layout=asdict(plan.layout),
-                model=asdict(plan.spec),
-                versions={
-                    "muster": muster.__version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                },
-                files=collect_sums(shelf.partial_of(self._shelf, step), self._world.size),
-                held_out_loss=flight.held_out_loss,
-                guard=flight.guard,
+            sums = collect_sums(shelf.partial_of(self._shelf, step), self._world.size)
+            content = replace(
+                describe(plan, step, sums), held_out_loss=flight.held_out_loss, guard=flight.guard
             )
             shelf.commit(self._shelf, step, content)
             flight.size_bytes = sum(entry.bytes for entry in content.files.values())
@@ -328,6 +314,26 @@ class Saver:
             return Snapshot(state, owns_whole=whole)
         self._report.note("checkpoint-foreground", f"training waits for its checkpoints: {reason}")
         return None
+
+
+def describe(plan: Training, step: int, files: dict[str, FileSum]) -> Manifest:
+    """The manifest of a checkpoint of this run after `step` updates."""
+    return Manifest(
+        format=manifest.FORMAT,
+        step=step,
+        tokens=step * plan.run.train.batch_tokens,
+        seed=plan.run.train.seed,
+        digest=digest(plan.run),
+        identity=identity(plan.run),
+        layout=asdict(plan.layout),
+        model=asdict(plan.spec),
+        versions={
+            "muster": muster.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        files=files,
+    )
 
 
 def leave(saver: Saver, plan: Training, step: int) -> NoReturn:

@@ -2,11 +2,12 @@
 
     python benchmarks/checkpoint_cpu.py [--json FILE] [--rounds N] [--quick]
 
-Two ranks train a 60 M model in fp32, sharded, 360 MB of state each. In each round they take a few steps without a save,
-then after a save in the background by muster, after one whose bytes a process writes instead of a thread, and after
-one by DCP: the same ranks, state and disk. Stall: how long the call that saves keeps training from going on.
-Slow-down: by how much the steps meanwhile are longer, in sum. Saves and loads that are waited for (page cache warm)
-stand beside `save_file` + fsync and `load_file` of the same bytes, plus the time to hash them.
+Two ranks train a 60 M model in fp32, sharded, 360 MB of state each. In each round they take a few steps without a
+save, then after a save in the background by muster, after one whose bytes a process writes instead of a thread, and
+after one by DCP: the same ranks, state and disk. Stall: how long the call that saves keeps training from going on,
+and under muster also what the next update waits for the copy. Slow-down: by how much the steps meanwhile are longer,
+in sum. Saves and loads that are waited for (page cache warm) stand beside `save_file` + fsync and `load_file` of the
+same bytes, plus the time to hash them.
 """
 
 from __future__ import annotations
@@ -269,6 +270,7 @@ def summary(times: dict[str, list[float]], records: Records) -> dict[str, float]
         "dcp_done_s": middle["dcp_done"],
         "process_done_s": middle["process_done"],
     }
+    middle["muster_stall"] = statistics.median(fields["stall_s"] for fields in saves)
     for side in SIDES:
         figures[f"{side}_stall_s"] = middle[f"{side}_stall"]
         figures[f"{side}_slowdown_s"] = sum(middle[f"{side}_{number}"] - step for number in range(STEPS))

@@ -115,9 +115,12 @@ class Snapshot:
 
     def __init__(self, state: State, *, owns_whole: bool) -> None:
         self.arrangement = arrange(state, owns_whole=owns_whole)
-        on_gpu = any(local(state[shard.name]).is_cuda for shard in self.arrangement.shards)
+        devices = {local(state[shard.name]).device for shard in self.arrangement.shards}
+        self._gpu = next((device for device in devices if device.type == "cuda"), None)
         # Filled, so that the pages are there before the first save needs them.
-        self.body = torch.zeros(self.arrangement.size_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        self.body = torch.zeros(
+            self.arrangement.size_bytes, dtype=torch.uint8, pin_memory=self._gpu is not None
+        )
         self._views = {
             shard.name: self.body[shard.start : shard.start + shard.size_bytes]
             .view(shard.dtype)
@@ -127,11 +130,13 @@ class Snapshot:
 
     @torch.no_grad()
     def take(self, state: State, step: int) -> None:
-        """Copy the state after `step` updates over the last copy; it is whole when this returns."""
+        """Copy the state after `step` updates over the last copy; it is whole when this returns.
+
+        In any thread, while another one reads the state."""
         for name, view in self._views.items():
             view.copy_(local(state[name]), non_blocking=True)
-        if self.body.is_pinned():
-            torch.cuda.synchronize()
+        if self._gpu is not None:
+            torch.cuda.synchronize(self._gpu)
         self.step = step
 
     def tensors(self) -> dict[str, Tensor]:

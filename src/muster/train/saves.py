@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -104,12 +105,14 @@ class _Flight:
 
 
 class Saver:
-    """Saves while training goes on: each rank copies its shards, and writes the copy in the background.
+    """Saves while training goes on: a thread of each rank copies its shards, and writes the copy.
 
-    No thread talks to another rank. Whether a save is due, still being written or has failed goes along with the
-    exchange that every step makes anyway (`votes`), so all ranks know at the same step (`after`); when all have
-    written, the first rank's thread turns the files into a checkpoint. One save at a time: one that comes due
-    meanwhile is put off. A save that fails on the way is told, and tried again at the next interval.
+    The copy is made during the passes of the next step, which only read (CheckFreq, Mohan et al. 2021); the
+    optimizer waits for it. No thread talks to another rank. Whether a save is due, still being written or has
+    failed goes along with the exchange that every step makes anyway (`votes`), so all ranks know at the same step
+    (`after`); when all have written, the first rank's thread turns the files into a checkpoint. One save at a time:
+    one that comes due meanwhile is put off. A save that fails on the way is told, and tried again at the next
+    interval.
     """
 
     def __init__(self, trainee: Trainee, plan: Training, world: World, report: Report, *, step: int) -> None:
@@ -118,6 +121,7 @@ class Saver:
         self._shelf, self._config = shelf_of(plan), plan.run.checkpoint
         self._pace = Pace(plan, world, report)
         self._work = Background()
+        self._copied = threading.Event()
         self._due = self._put_off = self._told = False
         self._writing: _Flight | None = None
         """What has begun, and as far as this rank has learnt is not yet written by all."""
@@ -194,7 +198,7 @@ class Saver:
         self._hear()
 
     def _begin(self, step: int) -> None:
-        """Copy this rank's shards and start writing them."""
+        """Start copying this rank's shards and writing them."""
         self._trainee.check_copies(step)  # so that no checkpoint holds what its copies contradict
         begun = time.perf_counter()
         self._trainee.beat.enter("save")
@@ -208,18 +212,36 @@ class Saver:
                 self._tell(step, str(refused(self._state_bytes, self._shelf, error)))
         if any(self._world.sum(refusal is not None)):
             return
-        state, rank, partial = self._state(), self._world.rank, shelf.partial_of(self._shelf, step)
+        state = self._state()
+        self._copied.clear()
         if (snapshot := self._snapshot) is not None:
-            snapshot.take(state, step)
-            self._work.start(lambda: write_file(snapshot.pieces(), self._state_bytes, partial, rank))
+            self._work.start(lambda: self._copy_and_write(snapshot, state, step))
+            self._trainee.before_change = self._wait_for_copy
         else:
-            whole = self._trainee.mesh.is_first_of_stage
-            self._work.start(lambda: write_shards(state, partial, rank, owns_whole=whole), here=True)
+            partial, whole = shelf.partial_of(self._shelf, step), self._trainee.mesh.is_first_of_stage
+            self._work.start(
+                lambda: write_shards(state, partial, self._world.rank, owns_whole=whole), here=True
+            )
         self._trainee.model.forget_residuals()
         loss = self._loss_of(step)
         self._best = min(self._best, math.inf if loss is None else loss)
         stall_s = time.perf_counter() - begun
         self._writing = _Flight(step, begun, stall_s, loss, self._trainee.guard.state())
+
+    def _copy_and_write(self, snapshot: Snapshot, state: dict[str, torch.Tensor], step: int) -> None:
+        """Runs in the background."""
+        try:
+            snapshot.take(state, step)
+        finally:
+            self._copied.set()
+        partial = shelf.partial_of(self._shelf, step)
+        write_file(snapshot.pieces(), self._state_bytes, partial, self._world.rank)
+
+    def _wait_for_copy(self) -> None:
+        begun = time.perf_counter()
+        self._copied.wait()
+        if self._writing is not None:
+            self._writing.stall_s += time.perf_counter() - begun
 
     def _settle(self, failed: bool) -> None:
         """All ranks have written, or have failed to: the first rank makes a checkpoint of it, or clears it away."""

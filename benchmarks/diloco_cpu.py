@@ -80,7 +80,7 @@ def measure(way: str, sync: str, runs: Path, changes: Sequence[str]) -> dict[str
         saved = savings(_plan([*overrides, f"train.sync={WAYS['delayed']}"], runs / name))
         return result | {"bytes_a_step": saved.synchronous_bytes, "factor": 1.0}
     saved = savings(_plan(overrides, runs / name))
-    return result | {"bytes_a_step": saved.exchange_bytes / saved.every, "factor": saved.factor}
+    return result | {"bytes_a_step": saved.bytes_a_step, "factor": saved.factor}
 
 
 def train(name: str, overrides: Sequence[str], runs: Path) -> None:

@@ -36,6 +36,8 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "diloco", "every": 3, "outer": {"lr": 0.5, "momentum": 0.5}},
     STREAMING,
     {"kind": "diloco", "every": 6, "fragments": 2, "overlap": 2, "mix": 0.75},
+    {"kind": "local_sgd", "every": 2, "warmup": 0.5},
+    STREAMING | {"warmup": 0.5},  # ends in the middle of what would be a round
     {"kind": "delayed"},
 ]
 
@@ -103,10 +105,18 @@ class Reference:
             return self.delayed()
         sent: dict[str, Tensor] = {}
         due = 0
+        warmup = round(self.sync.warmup * self.plan.steps)
         for step in range(1, self.plan.steps + 1):
             for number in range(len(self.models)):
                 self.passes(number, step - 1)
+            if step <= warmup:
+                self.average_gradients()
+            for number in range(len(self.models)):
                 self.step(number, step - 1)
+            if step <= warmup:
+                for name, anchor in self.anchor.items():
+                    anchor.data.copy_(self.models[0].get_parameter(name).data)
+                continue
             if step % self.sync.interval == 0:
                 turn = (step // self.sync.interval - 1) % self.sync.fragments
                 names = [n for n in self.anchor if fragment_of(unit_of(n), self.sync.fragments) == turn]
@@ -154,6 +164,12 @@ class Reference:
         assert train.optimizer.clip is not None
         nn.utils.clip_grad_norm_(self.models[number].parameters(), train.optimizer.clip)
         self.inner[number].step(learning_rate(step, self.plan.steps, train.optimizer.lr, train.schedule))
+
+    def average_gradients(self) -> None:
+        for same in zip(*(model.parameters() for model in self.models), strict=True):
+            mean = torch.stack([parameter.grad for parameter in same]).mean(0)
+            for parameter in same:
+                parameter.grad = mean.clone()
 
     @torch.no_grad()
     def mean_change(self, name: str) -> Tensor:
@@ -221,6 +237,12 @@ def test_copies_are_equal_where_they_meet(
             24.0,
             "2 fragments in turn in int8",
         ),
+        (
+            {"kind": "diloco", "every": 6, "warmup": 0.5, "compress": "fp16"},
+            3.4,
+            3.5,
+            "in fp16, after 3 steps together",
+        ),
         ({"kind": "delayed", "compress": "fp16"}, 2.0, 2.0, "during the next step's passes"),
     ],
     ids=str,
@@ -252,6 +274,7 @@ def of(tensors: Weights, prefix: str) -> Weights:
     ("sync", "layout", "after"),
     [
         ({"kind": "diloco", "every": 2}, {"replicate": 2}, 4),
+        ({"kind": "diloco", "every": 2, "warmup": 0.5}, {"replicate": 2}, 2),
         (STREAMING, {"replicate": 2}, 2),  # in the middle of a fragment's round, an exchange under way
         (STREAMING | {"compress": "int8"}, {"replicate": 2, "shard": 2, "zero": 3}, 4),
         ({"kind": "delayed"}, {"replicate": 2}, 3),

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from muster.config.fields import STRICT, Number, Positive
+from muster.config.units import Fraction
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -30,6 +31,9 @@ class Sync:
     summed during the next step's passes and applied after them."""
     every: Positive = 20
     """Steps between two exchanges of the same parameters (local_sgd, diloco)."""
+    warmup: Fraction = 0.0
+    """Share of the steps, at the beginning, in which copies take the mean of their gradients, before they train apart
+    (local_sgd, diloco; Lin et al. 2020)."""
     fragments: Positive = 1
     """Groups of layers that diloco exchanges in turn (streaming, Douillard et al. 2025); must divide `every`."""
     overlap: Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)] = 0
@@ -52,6 +56,15 @@ class Sync:
         return self.every // self.fragments if self.is_local else 1
 
     @property
+    def exchanges_a_step(self) -> float:
+        """Exchanges of everything, on average over a run."""
+        return self.warmup + (1 - self.warmup) / self.every if self.is_local else 1.0
+
+    def warmup_steps(self, steps: int) -> int:
+        """Of a run of `steps`."""
+        return round(self.warmup * steps)
+
+    @property
     def share(self) -> float:
         """`mix`, decided."""
         return self.mix if self.mix is not None else 0.5 if self.overlap else 1.0
@@ -68,6 +81,7 @@ class Sync:
         foreign = _FOREIGN[self.kind]
         default = {
             "every": 20,
+            "warmup": 0.0,
             "fragments": 1,
             "overlap": 0,
             "mix": None,
@@ -97,6 +111,6 @@ class Sync:
 _FOREIGN = {
     "local_sgd": ("fragments", "overlap", "mix", "compress", "outer"),
     "diloco": (),
-    "delayed": ("every", "fragments", "overlap", "mix", "outer"),
+    "delayed": ("every", "warmup", "fragments", "overlap", "mix", "outer"),
 }
 """Keys that a kind does not have."""

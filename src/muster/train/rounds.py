@@ -6,6 +6,9 @@
     streaming  (Douillard et al. 2025)      fragments of the layers do so in turn; the mean may arrive `overlap` steps
                                             later, and a copy's parameters then move only a share (`mix`) of the way
 
+At first, for the steps of `warmup`, gradients are averaged in each step (post-local SGD, Lin et al. 2020), and the
+anchor is what all copies hold.
+
 The anchor is the trained model: it is the same on all copies at any time, and what is evaluated, saved and exported.
 An outer step happens whole or not at all: it starts when every mean has arrived, and an exchange that fails may be
 tried again. Compressed changes are sent without error feedback: int8 takes at most 1/254 of a block's largest change
@@ -92,20 +95,27 @@ class Rounds:
         # Memory for what arrives, where saving may come before its use.
         pending = self.anchors if config.overlap else {}
         self._pending = {name: torch.zeros_like(anchor) for name, anchor in pending.items()}
-        self._last, self._begun = last, 0
+        self._buffers = [member for member in self._members() if member.name in buffers]
+        self._last, self._begun, self._warmup = last, 0, config.warmup_steps(last)
         self._flight: _Flight | None = None
 
     def begin(self) -> None:
         """Start from the parameters as they are now, equal on all copies."""
-        for fragment in self._fragments:
-            for member in (member for unit in fragment.values() for member in unit):
-                member.anchor.copy_(member.value)
+        for member in self._members():
+            member.anchor.copy_(member.value)
+
+    def _members(self) -> Iterator[_Member]:
+        return (member for fragment in self._fragments for unit in fragment.values() for member in unit)
 
     def after_step(self, step: int) -> None:
         """Meet, where that is due after `step` finished steps, and after the last one in any case.
 
         If that fails, the same call may be made again.
         """
+        if step <= self._warmup:
+            if step % self._config.interval == 0 or step in (self._warmup, self._last):
+                self._follow()
+            return
         if step % self._config.interval == 0 and step != self._begun:
             fragment = self._fragment_of(step)
             self._flight = _Flight(fragment, self._changes(fragment), None)
@@ -117,6 +127,17 @@ class Rounds:
             self._flight = None
         if step == self._last:
             self._close(step)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """The copies, which have the same parameters, become the anchor; their buffers are averaged."""
+        if self._buffers:
+            changes = [_flat([member.anchor - member.value for member in self._buffers])]
+            (mean,) = self._averager.start(changes).result()
+            parts = torch.split(mean, [member.value.numel() for member in self._buffers])
+            for member, part in zip(self._buffers, parts, strict=True):
+                member.value.copy_(member.anchor - part.view(member.value.shape))
+        self.begin()
 
     def _fragment_of(self, step: int) -> int:
         """Whose exchange begins after `step` steps."""
@@ -158,9 +179,8 @@ class Rounds:
     def loaded(self, step: int) -> None:
         """The tensors of `shared` have been filled with those of `step` steps."""
         self._flight, self._begun = None, step
-        if step < self._config.interval or step % self._config.interval >= self._config.overlap:
-            return
-        if step == self._last:
+        since = step % self._config.interval
+        if step - since <= self._warmup or since >= self._config.overlap or step == self._last:
             return
         fragment, means = self._fragment_of(step), Future[list[Tensor]]()
         units = self._fragments[fragment].values()
@@ -215,11 +235,10 @@ class Rounds:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for fragment in self._fragments:
-            for member in (member for unit in fragment.values() for member in unit):
-                kept = member.value.clone()
-                member.value.copy_(member.anchor)
-                member.anchor.copy_(kept)
+        for member in self._members():
+            kept = member.value.clone()
+            member.value.copy_(member.anchor)
+            member.anchor.copy_(kept)
 
 
 def unit_of(name: str) -> str:

@@ -16,15 +16,19 @@ class Savings:
 
     exchange_bytes: int
     """For one exchange of all that it holds."""
-    every: int
-    """Steps between two of those."""
+    exchanges_a_step: float
+    """On average over the run."""
     synchronous_bytes: int
     """In every step, where gradients are summed over copies."""
 
     @property
+    def bytes_a_step(self) -> float:
+        return self.exchange_bytes * self.exchanges_a_step
+
+    @property
     def factor(self) -> float:
         """How many times as much synchronous training sends."""
-        return self.synchronous_bytes * self.every / self.exchange_bytes
+        return self.synchronous_bytes / self.bytes_a_step
 
 
 def savings(training: Training) -> Savings:
@@ -44,7 +48,7 @@ def savings(training: Training) -> Savings:
     ).sent_bytes_by_axis()
     return Savings(
         exchange_bytes=sum(exchange.values()),
-        every=sync.every if sync.is_local else 1,
+        exchanges_a_step=sync.exchanges_a_step,
         synchronous_bytes=sum(sent for axis, sent in summed.items() if axis.endswith("replicate")),
     )
 
@@ -53,7 +57,7 @@ def sentence(training: Training) -> str:
     """What is done, what it sends and what that saves, for the terminal."""
     sync, saved = training.run.train.sync, savings(training)
     assert sync is not None
-    rate = f"{size(saved.exchange_bytes / saved.every)} a step to other copies, instead of "
+    rate = f"{size(saved.bytes_a_step)} a step to other copies, instead of "
     rate += f"{size(saved.synchronous_bytes)}: 1/{saved.factor:.3g}"
     if sync.kind == "delayed":
         return f"delayed: gradients are summed during the next step's passes; a rank sends {rate}"
@@ -62,4 +66,5 @@ def sentence(training: Training) -> str:
     ]
     form = "" if sync.compress == "none" else f" in {sync.compress}"
     turns = "" if sync.fragments == 1 else f", {sync.fragments} fragments in turn"
-    return f"{name} every {sync.every} steps{turns}{form}: a rank sends {rate}"
+    first = f", after {sync.warmup_steps(training.steps)} steps together" if sync.warmup else ""
+    return f"{name} every {sync.every} steps{turns}{form}{first}: a rank sends {rate}"

@@ -18,7 +18,7 @@ from muster.comm.averager import Averager, GroupAverager
 from muster.config import schema
 from muster.parallel.mesh import Mesh
 from muster.parallel.world import World
-from muster.train.delayed import DelayedGradients
+from muster.train.delayed import DelayedGradients, MeanGradients
 from muster.train.rounds import Rounds
 
 if TYPE_CHECKING:
@@ -91,7 +91,11 @@ def make_sync(
     if config.kind == "delayed":
         return Delayed(world, DelayedGradients(parameters, averager), mesh.layout.replicate)
     rounds = Rounds(parameters, buffers, config, averager, last=last)
-    return Local(config, mesh, world, rounds, lambda step: step % told_every == 0 or step == last)
+    gradients = MeanGradients(parameters, averager)
+    warmup = config.warmup_steps(last)
+    return Local(
+        config, mesh, world, rounds, gradients, warmup, lambda step: step % told_every == 0 or step == last
+    )
 
 
 class EveryStep:
@@ -160,13 +164,22 @@ class Local:
     delay, summed = 0, 1
 
     def __init__(
-        self, config: schema.Sync, mesh: Mesh, world: World, rounds: Rounds, is_told: Callable[[int], bool]
+        self,
+        config: schema.Sync,
+        mesh: Mesh,
+        world: World,
+        rounds: Rounds,
+        gradients: MeanGradients,
+        warmup: int,
+        is_told: Callable[[int], bool],
     ) -> None:
         self._config, self._world, self._together, self._rounds = config, world, mesh.together, rounds
+        self._gradients, self._warmup, self._step = gradients, warmup, 0
         self._copy, self._copies, self._is_told = mesh.place.replicate, mesh.layout.replicate, is_told
         self._due: list[bool] = []
 
     def agree(self, step: int, tokens: float, due: Sequence[bool], votes: Sequence[float]) -> list[float]:
+        self._step = step
         self._due = [now or before for now, before in zip(due, self._due or due, strict=True)]
         agreed = self._together.sum(tokens) + [0.0 for _ in due]
         if (step + 1) % self._config.interval == 0:
@@ -180,7 +193,8 @@ class Local:
         self._rounds.begin()
 
     def exchange(self) -> None:
-        pass
+        if self._step < self._warmup:
+            self._gradients.exchange()
 
     def after_step(self, step: int, update: Update) -> Update:
         self._rounds.after_step(step)

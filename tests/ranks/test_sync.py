@@ -238,10 +238,10 @@ def test_copies_are_equal_where_they_meet(
             "2 fragments in turn in int8",
         ),
         (
-            {"kind": "diloco", "every": 6, "warmup": 0.5, "compress": "fp16"},
-            3.4,
-            3.5,
-            "in fp16, after 3 steps together",
+            {"kind": "diloco", "every": 6, "warmup": 0.5, "compress": "int8"},
+            3.6,  # half of the steps in fp16, and a twelfth of an exchange in int8
+            3.8,
+            "in int8, after 3 steps together",
         ),
         ({"kind": "delayed", "compress": "fp16"}, 2.0, 2.0, "during the next step's passes"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from muster.comm.choice import Form
 from muster.observe.format import size
 from muster.parallel.traffic import expected_traffic, sync_traffic
 from muster.train.plan import Training
@@ -14,16 +15,10 @@ from muster.train.trainee import COMPUTE_DTYPE
 class Savings:
     """Bytes that the first rank sends to other copies."""
 
-    exchange_bytes: int
-    """For one exchange of all that it holds."""
-    exchanges_a_step: float
+    bytes_a_step: float
     """On average over the run."""
     synchronous_bytes: int
     """In every step, where gradients are summed over copies."""
-
-    @property
-    def bytes_a_step(self) -> float:
-        return self.exchange_bytes * self.exchanges_a_step
 
     @property
     def factor(self) -> float:
@@ -36,9 +31,6 @@ def savings(training: Training) -> Savings:
     train = training.run.train
     sync = train.sync
     assert sync is not None
-    exchange = sync_traffic(
-        training.spec, training.layout, 0, sequence=training.sequence, form=sync.compress
-    ).sent_bytes_by_axis()
     summed = expected_traffic(
         training.spec,
         replace(training.layout, sync=None),
@@ -46,11 +38,18 @@ def savings(training: Training) -> Savings:
         sequence=training.sequence,
         compute=COMPUTE_DTYPE[train.precision],
     ).sent_bytes_by_axis()
+    gradients = _exchange_bytes(training, sync.compress_gradients)
+    between = _exchange_bytes(training, sync.compress) / sync.every
     return Savings(
-        exchange_bytes=sum(exchange.values()),
-        exchanges_a_step=sync.exchanges_a_step,
+        bytes_a_step=sync.warmup * gradients + (1 - sync.warmup) * between if sync.is_local else gradients,
         synchronous_bytes=sum(sent for axis, sent in summed.items() if axis.endswith("replicate")),
     )
+
+
+def _exchange_bytes(training: Training, form: Form) -> int:
+    """For one exchange of all that the first rank holds."""
+    traffic = sync_traffic(training.spec, training.layout, 0, sequence=training.sequence, form=form)
+    return sum(traffic.sent_bytes_by_axis().values())
 
 
 def sentence(training: Training) -> str:

@@ -36,10 +36,16 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def train_with_slow_disk(run: dict[str, Any], base: str, folder: str, steps_a_save: int) -> None:
-    """Files are written only when `steps_a_save` more steps have been taken."""
+    """Copies are made late, and files written only when `steps_a_save` more steps have been taken."""
+    from muster.checkpoint.snapshot import Snapshot
     from muster.train import saves, trainee
 
-    honest_write, honest_update, done = saves.write_file, trainee.Trainee.update, [0]
+    honest_take, honest_write = Snapshot.take, saves.write_file
+    honest_update, done = trainee.Trainee.update, [0]
+
+    def take(*arguments: Any) -> None:
+        time.sleep(0.2)  # longer than the passes, which may go on meanwhile
+        honest_take(*arguments)
 
     def write_file(*arguments: Any) -> None:
         begun = done[0]
@@ -52,6 +58,7 @@ def train_with_slow_disk(run: dict[str, Any], base: str, folder: str, steps_a_sa
         done[0] += 1
         return result
 
+    Snapshot.take = take  # type: ignore[method-assign]
     saves.write_file = write_file
     trainee.Trainee.update = update  # type: ignore[method-assign]
     train_here(run, base, folder)

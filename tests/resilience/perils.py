@@ -7,31 +7,57 @@ import os
 import signal
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from muster.checkpoint import shelf
 from muster.config.faults import Timeouts
+from muster.config.load import load_resolved
 from muster.observe.records import read_jsonl
+from muster.resilience.agent import Job
 from muster.resilience.between import GROUP
-from muster.resilience.groups import LEDGER, Groups
+from muster.resilience.groups import start_groups
+from muster.resilience.ledger import LEDGER
+from muster.resilience.watchdog import Watchdog
 
 Peril = tuple[int, int, str]
-"""Group, step (from 1), moment: forward, reduce, vote, voted, apply or hand."""
+"""Group, step (from 1), moment of kill -9: forward, reduce, vote, voted, apply or hand; or another peril."""
 
+_KILLS = ("forward", "reduce", "vote", "voted", "apply", "hand")
 TIMEOUTS = Timeouts(collective=20.0, vote=25.0, quorum=40.0, supervisor=60.0)
 
 
-class ForkedChild:
-    def __init__(self, process: Any) -> None:
-        self._process, self.pid = process, process.pid
+class ForkedRanks:
+    """What `zygote.py` is to a run, with ranks that are in peril."""
 
-    def poll(self) -> int | None:
-        code: int | None = self._process.exitcode
+    def __init__(self, *arguments: Any) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._arguments, self._processes = arguments, list[Any]()
+
+    def start(self, argv: Sequence[str], env: dict[str, str], log: Path | None) -> int:
+        process = self._context.Process(target=_rank, args=(env, *self._arguments), daemon=True)
+        process.start()
+        self._processes.append(process)
+        return len(self._processes) - 1
+
+    def pid(self, asked: int) -> int | None:
+        pid: int | None = self._processes[asked].pid
+        return pid
+
+    def code(self, asked: int) -> int | None:
+        code: int | None = self._processes[asked].exitcode
         return code
 
-    def kill(self) -> None:
-        self._process.kill()
+    def signal(self, asked: int, number: signal.Signals) -> None:
+        if self.code(asked) is None:
+            os.kill(self._processes[asked].pid, number)
+
+    def forget(self, asked: int) -> None:
+        pass
+
+    def read(self, *, wait: bool = True) -> None:
+        time.sleep(0.001 if wait else 0)
 
 
 def train_groups(
@@ -42,22 +68,32 @@ def train_groups(
     perils: Sequence[Peril] = (),
     timeouts: Timeouts = TIMEOUTS,
 ) -> None:
-    """Train to the end, with the groups of `run["layout"]`; who dies is waited for before the next step."""
+    """Train to the end, with the groups of `run["layout"]`; who dies is waited for before the next step.
+
+    Other perils: `stop` and `stop-voted` (SIGSTOP in the passes, or when the vote is sent), `term` (SIGTERM), `nan` (of
+    the loss), `error` (whenever that step is taken). With them nobody waits for who is missing.
+    """
     layout = run["layout"]
     ranks = 1
     for axis, degree in layout.items():
         ranks *= degree if axis in ("shard", "tensor", "pipeline", "context") else 1
-    context = multiprocessing.get_context("forkserver")
-    folder.mkdir(parents=True)
-    (folder / "logs").mkdir()
-
-    def start(environment: Mapping[str, str]) -> ForkedChild:
-        arguments = (dict(environment), run, str(base), str(folder), perils)
-        process = context.Process(target=_rank, args=arguments, daemon=True)
-        process.start()
-        return ForkedChild(process)
-
-    Groups(layout["replicate"], ranks, folder, timeouts, start, lambda _: None).run()
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = load_resolved(run)
+    job = Job(
+        argv=[],
+        folder=folder,
+        digest="",
+        fit=lambda _: None,
+        needs="",
+        committed=lambda: max(shelf.steps(folder / "checkpoints"), default=0),
+        restarts=resolved.faults.restarts,
+        grace_s=resolved.faults.grace,
+        watch=lambda place: Watchdog(
+            folder, place.ranks, hang_after_s=resolved.faults.hang_after, name=place.name
+        ),
+    )
+    forks = ForkedRanks(run, str(base), str(folder), perils)
+    start_groups(job, layout["replicate"], ranks, timeouts, forks, lambda _: None)
 
 
 def audit(folder: Path, steps: int, per_step: int, perils: Sequence[Peril]) -> None:
@@ -88,13 +124,13 @@ def _rank(
     environment: dict[str, str], run: dict[str, Any], base: str, folder: str, perils: Sequence[Peril]
 ) -> None:
     os.environ |= environment | {"OMP_NUM_THREADS": "1"}
-    from muster.config.load import load_resolved
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # gloo's last words
     from muster.resilience.lifeline import reported
     from muster.train.entry import run_rank
 
-    with reported():
+    with reported() as lifeline:
         _imperil(Path(folder), perils, run["layout"]["replicate"])
-        run_rank(load_resolved(run), base=Path(base), folder=Path(folder))
+        run_rank(load_resolved(run), base=Path(base), folder=Path(folder), lifeline=lifeline)
 
 
 def _imperil(folder: Path, perils: Sequence[Peril], groups: int) -> None:
@@ -105,15 +141,21 @@ def _imperil(folder: Path, perils: Sequence[Peril], groups: int) -> None:
 
     group, rank = int(os.environ[GROUP]), int(os.environ["RANK"])
     now = {"step": 0}
+    only_kills = all(moment in _KILLS for _, _, moment in perils)
 
-    def die(moment: str) -> None:
+    def is_time(moment: str) -> bool:
         for number, peril in enumerate(perils):
             # The last rank of a group: the others have to be ended for it.
             if peril == (group, now["step"], moment) and rank == int(os.environ["WORLD_SIZE"]) - 1:
                 marker = folder / f"peril-{number}"
                 if not marker.exists():
                     marker.touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    return True
+        return False
+
+    def die(moment: str) -> None:
+        if is_time(moment):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def before(owner: Any, name: str, moment: str, *, when: Callable[..., bool] = lambda *_: True) -> None:
         honest = getattr(owner, name)
@@ -126,12 +168,18 @@ def _imperil(folder: Path, perils: Sequence[Peril], groups: int) -> None:
         setattr(owner, name, wrapped)
 
     accumulate, send, enter = Trainee.accumulate, between.Between._send, between.Between.enter
-    parts, update = between._parts, GroupTraining._update
+    parts, update = between._parts, GroupTraining._take_step
 
     def accumulate_there(self: Any, step: int, *rest: Any) -> Any:
         now["step"] = step + 1
         die("forward")
-        return accumulate(self, step, *rest)
+        if (group, step + 1, "error") in perils:
+            raise ValueError(f"planted in group {group}")
+        if is_time("stop"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if is_time("term"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return accumulate(self, step, *rest) * (float("nan") if is_time("nan") else 1.0)
 
     def parts_there(flats: Any) -> Any:
         for number, part in enumerate(parts(flats)):
@@ -146,6 +194,8 @@ def _imperil(folder: Path, perils: Sequence[Peril], groups: int) -> None:
         send(self, message)
         if message["kind"] == "vote" and message["note"]:
             die("voted")
+            if is_time("stop-voted"):
+                os.kill(os.getpid(), signal.SIGSTOP)
 
     def enter_there(self: Any, load: Any) -> None:
         (folder / f"ready-{group}").touch()
@@ -153,7 +203,7 @@ def _imperil(folder: Path, perils: Sequence[Peril], groups: int) -> None:
         (folder / f"ready-{group}").unlink(missing_ok=True)
 
     def update_there(self: Any) -> Any:
-        missing = set(range(groups)) - set(self.between.members)
+        missing = set(range(groups)) - set(self.between.members) if only_kills else ()
         deadline = time.monotonic() + 15
         while not all((folder / f"ready-{m}").exists() for m in missing) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -174,5 +224,5 @@ def _imperil(folder: Path, perils: Sequence[Peril], groups: int) -> None:
     apply = Trainee.apply
     Trainee.accumulate, Trainee.apply = accumulate_there, apply_there  # type: ignore[assignment, method-assign]
     between.Between._send, between.Between.enter = send_there, enter_there  # type: ignore[method-assign]
-    between._parts, GroupTraining._update = parts_there, update_there  # type: ignore[assignment, method-assign]
+    between._parts, GroupTraining._take_step = parts_there, update_there  # type: ignore[assignment, method-assign]
     before(between.Between, "send", "hand")

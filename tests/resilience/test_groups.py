@@ -23,7 +23,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def elastic(steps: int, **layout: Any) -> dict[str, Any]:
-    run = tiny(layout=layout, faults={"elastic": True, "on_nan": "stop"}, checkpoint={"every": "4 steps"})
+    run = tiny(layout=layout, faults={"elastic": True}, checkpoint={"every": "4 steps"})
     run["train"] = run["train"] | {"tokens": steps * 256, "eval_every": "5 steps"}
     return run
 
@@ -86,11 +86,10 @@ def test_groups_of_two_ranks(layout: dict[str, Any], corpus: Path, run_ranks: An
 @pytest.mark.parametrize(
     ("faults", "layout", "said"),
     [
-        ({"on_nan": "stop"}, {"shard": 2}, "write layout: {replicate: 2} or more"),
-        ({}, {"replicate": 2}, "write on_nan: stop"),
-        ({"on_nan": "stop"}, {"replicate": 2, "compress": {"gradients": "bf16"}}, "no effect between them"),
+        ({}, {"shard": 2}, "write layout: {replicate: 2} or more"),
+        ({}, {"replicate": 2, "compress": {"gradients": "bf16"}}, "no effect between them"),
         (
-            {"on_nan": "stop"},
+            {},
             {"replicate": 3, "pipeline": 2, "schedule": "interleaved", "microbatch": 1},
             "with 2 of 3 groups alive, one would have 9 of the 18 microbatches",
         ),

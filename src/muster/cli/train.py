@@ -75,7 +75,8 @@ def train(
             from muster.resilience.groups import start_groups
 
             copies = plan.layout.replicate
-            start_groups(argv, copies, plan.layout.world // copies, folder, run.faults.timeouts, zygote)
+            job = entry.job(plan, argv, alone=True)
+            start_groups(job, copies, plan.layout.world // copies, run.faults.timeouts, zygote)
             return
         slots = plan.layout.world if address is None else ranks_per_node or entry.slots()
         job = entry.job(plan, argv, alone=address is None)

@@ -44,10 +44,12 @@ class Faults:
     elastic: Flag = False
     """Each of the layout.replicate copies is a group of ranks that can die and come back while the others go on:
     a step that loses a group is dropped and done again by those that are left, and a group that returns takes the
-    state from one of them. Not yet together with on_nan or on_spike other than stop and note."""
+    state from one of them."""
     timeouts: Timeouts = Field(default_factory=Timeouts)
     restarts: Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)] = 10
-    """Restarts in a row without a newly committed checkpoint; each new one makes the budget whole again."""
+    """Restarts in a row without a newly committed checkpoint; each new one makes the budget whole again. Under elastic
+    each group has a budget of its own as well, which 10 committed steps in a row make whole; one that has used it is
+    given up, and the others go on."""
     grace: Seconds = 25.0
     """Time that ranks have to save and leave when the run is stopped (SIGTERM, SIGINT, SIGUSR1)."""
     hang_after: Seconds = 60.0

@@ -376,11 +376,6 @@ class Run:
                 f"faults.elastic: groups sum their gradients every step, and train.sync.kind: {self.train.sync.kind} "
                 f"does not: remove one of them"
             )
-        if self.faults.on_nan != "stop" or self.faults.on_spike not in ("note", "stop"):
-            raise ValueError(
-                f"faults.elastic: groups cannot skip or take back a step yet, so on_nan: {self.faults.on_nan} and "
-                f"on_spike: {self.faults.on_spike} do not go with it: write on_nan: stop, and on_spike: note or stop"
-            )
         if self.layout.compress.gradients != "none":
             raise ValueError(
                 f"faults.elastic: groups sum their gradients in fp32, so layout.compress.gradients: "

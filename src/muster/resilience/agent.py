@@ -8,22 +8,21 @@ sentence, said last, and its exit code.
 
 from __future__ import annotations
 
-import contextlib
 import select
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 
 from muster.errors import MusterError, Preempted, TrainingError
 from muster.observe.records import RunLog
+from muster.resilience.asked import Asked
 from muster.resilience.budget import Budget, Failure
 from muster.resilience.coordinator import Coordinator, Fitted, Outcome
-from muster.resilience.lifeline import INTERRUPTED, STOP_SIGNALS
+from muster.resilience.lifeline import INTERRUPTED
 from muster.resilience.ranks import Place, Ranks, Zygote
 from muster.resilience.rendezvous import Closed, Link, Message, Monitor, Server, connect, listen
 from muster.resilience.watchdog import Watchdog
@@ -80,7 +79,7 @@ class Nodes:
 def start_ranks(job: Job, nodes: Nodes, zygote: Zygote, monitor: Monitor | None = None) -> None:
     """Keep the ranks of `job` running until it is done. RankFailed with the failure that ended it, or Preempted."""
     agent = _Agent(job=job, nodes=nodes, zygote=zygote, monitor=monitor)
-    with agent.signals():
+    with agent.asked.listens():
         agent.run()
 
 
@@ -90,9 +89,7 @@ class _Agent:
     nodes: Nodes
     zygote: Zygote
     monitor: Monitor | None
-    _asked: str | None = field(default=None, init=False)
-    """Name of the signal that has asked this agent to stop."""
-    _at_once: bool = field(default=False, init=False)
+    asked: Asked = field(default_factory=Asked, init=False)
     _ranks: Ranks | None = field(default=None, init=False)
     _name: str = field(default="", init=False)
     _passed_on: bool = field(default=False, init=False)
@@ -119,19 +116,6 @@ class _Agent:
                 )
             self._say("the node at the rendezvous is gone: waiting for it to be started again")
 
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
-        self._at_once = number == signal.SIGINT and self._asked == "SIGINT"
-        self._asked = signal.Signals(number).name
-
     def _meet(self) -> tuple[Server | None, Link]:
         """Become the coordinator's host, or reach it, however long that takes."""
         address = self.nodes.rendezvous
@@ -142,9 +126,9 @@ class _Agent:
             link = connect(address)
             if link is not None:
                 return None, link
-            if self._asked:
+            if self.asked.signal:
                 raise Preempted(
-                    f"stopped by {self._asked} before the nodes had met: run the same command again"
+                    f"stopped by {self.asked.signal} before the nodes had met: run the same command again"
                 )
             time.sleep(_RETRY_S)
         return self._serve(None, "127.0.0.1")
@@ -180,11 +164,13 @@ class _Agent:
             }
         )
         while True:
-            if self._at_once:
+            if self.asked.at_once:
                 self._end_ranks()
                 raise RankFailed(f"stopped at once, without a checkpoint: {_AGAIN}", INTERRUPTED)
-            if self._asked and self._ranks is None and time.monotonic() >= self._hear_until:
-                raise Preempted(self._farewell or f"stopped by {self._asked} while no rank ran: {_AGAIN}")
+            if self.asked.signal and self._ranks is None and time.monotonic() >= self._hear_until:
+                raise Preempted(
+                    self._farewell or f"stopped by {self.asked.signal} while no rank ran: {_AGAIN}"
+                )
             ready, _, _ = select.select([link.fileno(), self.zygote.fileno()], [], [], _POLL_S)
             if self.zygote.fileno() in ready:
                 self.zygote.read(wait=False)
@@ -197,12 +183,14 @@ class _Agent:
                 return False
             outcome = self._watch()
             if outcome is not None:
-                leaving = self._asked is not None and not hosts and self.nodes.minimum < self.nodes.maximum
+                leaving = (
+                    self.asked.signal is not None and not hosts and self.nodes.minimum < self.nodes.maximum
+                )
                 told = asdict(replace(outcome, leaving=leaving))
                 link.send({"type": "ended"} | told)
                 if leaving:
                     raise Preempted(outcome.sentence)
-                if self._asked:  # hear how the others end
+                if self.asked.signal:  # hear how the others end
                     self._farewell = outcome.sentence
                     self._hear_until = time.monotonic() + self.job.grace_s + _HEAR_S
 
@@ -244,7 +232,7 @@ class _Agent:
         ranks = self._ranks
         if ranks is None:
             return None
-        if self._asked and not self._passed_on:
+        if self.asked.signal and not self._passed_on:
             self._ask_ranks(ranks)
         failure, preempted = ranks.failure(self._name), ranks.preempted()
         now = time.monotonic()
@@ -269,13 +257,17 @@ class _Agent:
         overdue = f"did not save within {self.job.grace_s:g} s (faults.grace)"
         if done:
             return Outcome(kind="done")
-        if self._asked is not None:  # whatever happened, nobody wants a restart now
+        if self.asked.signal is not None:  # whatever happened, nobody wants a restart now
             if self._overdue:
-                sentence = f"stopped by {self._asked}, but the ranks {overdue} and were killed: {_AGAIN}"
+                sentence = (
+                    f"stopped by {self.asked.signal}, but the ranks {overdue} and were killed: {_AGAIN}"
+                )
             elif failure is not None:
-                sentence = f"stopped by {self._asked} without a checkpoint ({failure.sentence}): {_AGAIN}"
+                sentence = (
+                    f"stopped by {self.asked.signal} without a checkpoint ({failure.sentence}): {_AGAIN}"
+                )
             else:
-                sentence = preempted or f"stopped by {self._asked}: {_AGAIN}"
+                sentence = preempted or f"stopped by {self.asked.signal}: {_AGAIN}"
             return Outcome(kind="preempted", sentence=sentence)
         if failure is not None:
             return Outcome(kind="failed", failure=failure)

@@ -16,8 +16,19 @@ from pathlib import Path
 from typing import Literal, get_args
 
 Phase = Literal[
-    "setup", "data", "exchange", "forward", "backward", "optimizer", "evaluate", "save", "failed", "done"
+    "setup",
+    "data",
+    "exchange",
+    "forward",
+    "backward",
+    "optimizer",
+    "evaluate",
+    "save",
+    "groups",
+    "failed",
+    "done",
 ]
+"""What a rank can be in; `groups`: it waits for the other replica groups."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 TIMED: tuple[Phase, ...] = ("data", "forward", "backward", "optimizer")
 """The phases of a step in which a rank computes by itself."""

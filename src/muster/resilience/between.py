@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from muster.config.faults import Timeouts
-from muster.errors import TrainingError
+from muster.resilience.beats import Beat
+from muster.resilience.lifeline import CutOff
 from muster.resilience.membership import View
 from muster.resilience.wire import Message, Wire
 
@@ -44,8 +45,9 @@ class Between:
     """This rank's place among the ranks with the same number in the other groups."""
 
     def __init__(
-        self, wire: Wire, *, token: str, group: int, rank: int, store: str, timeouts: Timeouts
+        self, wire: Wire, *, token: str, group: int, rank: int, store: str, timeouts: Timeouts, beat: Beat
     ) -> None:
+        self._beat = beat
         self._wire, self._timeouts, self._rank, self._store = wire, timeouts, rank, store
         self.group = group
         self._view = View(0, 0, (), {})
@@ -53,12 +55,12 @@ class Between:
         self._hello = {"kind": "hello", "token": token, "group": group, "rank": rank}
 
     @classmethod
-    def connect(cls, rank: int, timeouts: Timeouts) -> Between:
-        """From what the environment says."""
+    def connect(cls, rank: int, timeouts: Timeouts, beat: Beat) -> Between:
+        """From what the environment says; `beat` tells when this rank waits for the other groups."""
         host, port = os.environ[COORDINATOR].rsplit(":", 1)
         wire = Wire(socket.create_connection((host, int(port))))
         token, store, group = os.environ[TOKEN], os.environ[STORE], int(os.environ[GROUP])
-        return cls(wire, token=token, group=group, rank=rank, store=store, timeouts=timeouts)
+        return cls(wire, token=token, group=group, rank=rank, store=store, timeouts=timeouts, beat=beat)
 
     @property
     def epoch(self) -> int:
@@ -91,9 +93,12 @@ class Between:
 
     def enter(self, load: Callable[[], None]) -> None:
         """Offer to take part, and wait for the first view; `load` reads the checkpoint, if this group is to do that."""
+        self._beat.enter("groups")
         self._send(self._hello)
         while (message := self._receive())["kind"] == "load":
+            self._beat.enter("setup")
             load()
+            self._beat.enter("groups")
             self._send({"kind": "loaded"})
         self._take_in(message)
 
@@ -104,6 +109,7 @@ class Between:
         `note` goes into the ledger; `last` ends the run. The last sum, and the first of a view in which state is
         handed on, wait `quorum` instead of `collective` seconds for the others.
         """
+        self._beat.enter("groups")
         patient = last or bool(self._view.sources)
         limit = timedelta(seconds=self._timeouts.quorum if patient else self._timeouts.collective)
         alone = len(self.members) == 1
@@ -118,6 +124,7 @@ class Between:
 
     def send(self, group: int, tensors: Sequence[Tensor]) -> bool:
         """Hand tensors to the same rank of another group; False where that failed, which is its loss."""
+        self._beat.enter("groups")
         try:
             connection, peer = self._process_group(), self.members.index(group)
             sums = torch.tensor([_checksum(tensor) for tensor in tensors], dtype=torch.int64)
@@ -130,6 +137,7 @@ class Between:
     def receive(self, tensors: Sequence[Tensor]) -> bool:
         """Fill tensors with those that the source sends; False where they do not arrive whole."""
         assert self.source is not None
+        self._beat.enter("groups")
         try:
             connection, peer = self._process_group(), self.members.index(self.source)
             sums = torch.zeros(len(tensors), dtype=torch.int64)
@@ -240,8 +248,8 @@ class Between:
         except ConnectionError as error:
             raise self._cut_off(error) from error
 
-    def _cut_off(self, error: ConnectionError) -> TrainingError:
-        return TrainingError(
+    def _cut_off(self, error: ConnectionError) -> CutOff:
+        return CutOff(
             f"group {self.group} is no longer part of the run ({error}): it was too slow, or the run has ended; "
             f"logs/ and events.jsonl say which"
         )

@@ -44,6 +44,8 @@ class Verdict:
 @dataclass(kw_only=True)
 class Budget:
     restarts: int
+    headway: str = "a new checkpoint"
+    """What makes it whole again, in words."""
     used: int = field(default=0, init=False)
     """Restarts since the last newly committed checkpoint."""
     _committed: int = field(default=0, init=False)
@@ -71,7 +73,7 @@ class Budget:
         if self.used >= self.restarts:
             return Verdict(
                 None,
-                f"all {self.restarts} restarts (faults.restarts) are used without a new checkpoint: once the cause "
+                f"all {self.restarts} restarts (faults.restarts) are used without {self.headway}: once the cause "
                 f"is gone, run the same command again to resume",
             )
         self.used += 1

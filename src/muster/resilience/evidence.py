@@ -12,7 +12,8 @@ from muster.resilience.beats import Phase
 
 _FOLLOWS = re.compile(
     r"Connection (reset|closed|refused)|closed by peer|Broken pipe|Timed out waiting|Socket Timeout|"
-    r"wait timeout after|recvBytes|sendBytes|Read error|Write error|NCCL communicator was aborted",
+    r"wait timeout after|recvBytes|sendBytes|Read error|Write error|NCCL communicator was aborted|"
+    r"no longer part of the run",
 )
 _SAME_SHAPES = {"message", "all_reduce", "all_gather", "broadcast", "reduce", "reduce_scatter"}
 """Collectives in which every member gives a tensor of the same shape."""

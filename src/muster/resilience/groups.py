@@ -1,149 +1,260 @@
 """Replica groups as processes: started, ended as a whole when one rank ends, and started again while the others train.
 
-Each group is a world of its own with a rendezvous of its own. The coordinator, which is served here, decides
-who takes part; this module only makes its word come true.
+Each group is a world of its own, with a rendezvous and a watchdog of its own. The coordinator of their sums, which is
+served here, decides who takes part; this module makes its word come true, and keeps count of what it costs:
+
+- A group that ends is started again, within a budget that each stretch of committed steps makes whole. A group
+  that has used it is given up, and the others go on.
+- Where no group is left that holds the state, all are started again from the newest checkpoint, within the budget
+  that a run without groups has.
+- Asked to stop, the ranks are; they agree on a step, and the leading group saves it.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from muster.config.faults import Timeouts
-from muster.errors import TrainingError
+from muster.errors import Preempted
 from muster.observe.records import RunLog
 from muster.parallel.world import usable_cores
+from muster.resilience.agent import Job, RankFailed
+from muster.resilience.asked import Asked
 from muster.resilience.between import COORDINATOR, GROUP, STORE, TOKEN
+from muster.resilience.budget import Budget, Failure
+from muster.resilience.ledger import Ledger
+from muster.resilience.lifeline import INTERRUPTED
 from muster.resilience.membership import Action, Committed, Decide, Fence, Lost
 from muster.resilience.membership_server import Coordinator
-from muster.resilience.ranks import Zygote
+from muster.resilience.ranks import Forks, Place, Ranks
 
-LEDGER = "ledger.jsonl"
-"""In the run's folder: one line a committed step, with the samples that each group took."""
-_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
-_STARTS_WITHOUT_A_STEP = 5
-"""How often in a row a group is started that never gets as far as a committed step."""
 _POLL_S = 0.05
+_CAUSE_WAIT_S = 1.0
+"""How long a rank that only lost its peer waits for the peer to be seen dead."""
+_LAST_WORDS_S = 5.0
+"""How long a run that is lost waits to learn why its groups ended: a watchdog may be taking it down."""
+_HEADWAY_STEPS = 10
+"""A group that has committed so many steps since it was started has its budget made whole."""
+_AGAIN = "run the same command again to resume from the newest checkpoint"
 
 
-class Child(Protocol):
-    """A rank's process, as `subprocess.Popen`."""
+def start_groups(
+    job: Job,
+    groups: int,
+    ranks: int,
+    timeouts: Timeouts,
+    zygote: Forks,
+    say: Callable[[str], None] | None = None,
+) -> None:
+    """Train as `groups` groups of `ranks` ranks until the run is done. RankFailed with what ended it, or Preempted.
 
-    pid: int
+    The groups' first ranks write to this terminal (that of the group that leads does), the others to a folder of their
+    group in `logs/`.
+    """
+    say = say or _say
+    (job.folder / "logs").mkdir(parents=True, exist_ok=True)
+    budget, asked, log = Budget(restarts=job.restarts), Asked(), RunLog(job.folder)
+    try:
+        with asked.listens():
+            while True:
+                life = _Life(job, groups, ranks, timeouts, zygote, asked, log, say)
+                try:
+                    failure = life.run()
+                finally:
+                    life.close()
+                if failure is None:
+                    return
+                _restart_or_raise(failure, budget, job, asked, log, say)
+    finally:
+        log.close()
 
-    def poll(self) -> int | None: ...
-    def kill(self) -> None: ...
+
+def _restart_or_raise(
+    failure: Failure, budget: Budget, job: Job, asked: Asked, log: RunLog, say: Callable[[str], None]
+) -> None:
+    """Wait for the time to start all groups again, if there is to be one."""
+    last = failure.sentence.strip().splitlines()[-1]
+    if asked.signal:
+        raise Preempted(f"stopped by {asked.signal} without a checkpoint ({last}): {_AGAIN}")
+    verdict = budget.failed(failure, job.committed())
+    if verdict.delay_s is None:
+        log.event("gave-up", message=verdict.why, error=failure.sentence)
+        raise RankFailed(
+            f"{verdict.why}\n{failure.sentence}" if verdict.why else failure.sentence, failure.exit_code
+        )
+    said = f"{last}; {verdict.why} of all groups, from the checkpoint of step {job.committed()}"
+    log.event("restart", message=said, error=failure.sentence, delay_s=verdict.delay_s)
+    say(said)
+    until = time.monotonic() + verdict.delay_s
+    while time.monotonic() < until and not asked.signal:
+        time.sleep(_POLL_S)
 
 
-Start = Callable[[Mapping[str, str]], Child]
-"""Starts a rank with these additions to its environment."""
-
-
-@dataclass
+@dataclass(kw_only=True)
 class _Group:
     index: int
-    processes: list[Child] = field(default_factory=list)
+    budget: Budget
+    ranks: Ranks | None = None
     store: Any = None
-    starts: int = 0
-    """Since it last took part in a committed step."""
-    not_before: float = 0.0
+    lives: int = 0
+    steps: int = 0
+    """Committed ones that it took part in since it was started."""
+    headway: int = 0
+    """Lives in which there were enough of them."""
+    not_before: float | None = 0.0
+    """When it may be started; None where it is given up."""
+    failed_at: float | None = None
+    fenced: str = ""
+    """Why it has to end, where others say so."""
+    asked: bool = field(default=False)
+
+    def __str__(self) -> str:
+        return f"group {self.index}"
 
 
-class Groups:
-    """The processes of a run of `count` groups of `ranks` ranks; `run` returns when they are done."""
+class _Life:
+    """From the start of all groups to the end of the run, or of the last group that holds its state."""
 
     def __init__(
         self,
-        count: int,
+        job: Job,
+        groups: int,
         ranks: int,
-        folder: Path,
         timeouts: Timeouts,
-        start: Start,
+        forks: Forks,
+        asked: Asked,
+        log: RunLog,
         say: Callable[[str], None],
     ) -> None:
-        import torch.distributed as dist
+        self._job, self._ranks, self._forks, self._asked = job, ranks, forks, asked
+        self._log, self._say = log, say
+        headway = f"{_HEADWAY_STEPS} steps in a row"
+        self._groups = [
+            _Group(index=index, budget=Budget(restarts=job.restarts, headway=headway))
+            for index in range(groups)
+        ]
+        self._coordinator = Coordinator(groups, ranks, timeouts, self._handle)
+        self._store, self._ledger = _store(), Ledger(job.folder)
+        self._failures: list[Failure] = []
+        """Since the last committed step, in the order in which they were found."""
+        self._lost: tuple[str, float] | None = None
+        self._deadline: float | None = None
+        """When ranks that were asked to stop, or are done, are killed."""
 
-        self._ranks, self._folder, self._start, self._say = ranks, folder, start, say
-        self._groups = [_Group(index) for index in range(count)]
-        self._coordinator = Coordinator(count, ranks, timeouts, self._handle)
-        self._store = _store(dist)
-        self._key = secrets.token_hex(4)
-        self._log = RunLog(folder)
-        self._ledger = (folder / LEDGER).open("ab", buffering=0)
-        self._lost: str | None = None
-        self._first_error: tuple[str, int] | None = None
-
-    def run(self) -> None:
-        """TrainingError where no group is left to go on with."""
-        try:
-            while not self._finished():
-                for group in self._groups:
-                    self._tend(group)
-                if self._lost is not None:
-                    raise self._failure(self._lost)
-                self._coordinator.serve(_POLL_S)
-        finally:
+    def run(self) -> Failure | None:
+        """None when the run is done. Preempted, or RankFailed, where it is to end otherwise."""
+        while not self._is_over():
+            self._heed()
+            self._forks.read(wait=False)
             for group in self._groups:
-                self._end(group)
-            self._coordinator.close()
-            self._ledger.close()
-            self._log.close()
+                self._tend(group)
+            if self._lost is not None and self._knows_why(self._lost[1]):
+                return self._failure(self._lost[0])
+            self._coordinator.serve(_POLL_S)
+        said = [group.ranks.preempted() for group in self._leader_first() if group.ranks is not None]
+        if stopped := next(filter(None, said), None):
+            raise Preempted(stopped)
+        return None
 
-    def _finished(self) -> bool:
+    def close(self) -> None:
+        for group in self._groups:
+            if group.ranks is not None:
+                group.ranks.kill()
+        for group in self._groups:
+            if group.ranks is not None:
+                while not group.ranks.over:
+                    self._forks.read()
+                group.ranks.close()
+        self._coordinator.close()
+        self._ledger.close()
+
+    def _is_over(self) -> bool:
         """The last round is committed and its members have left; who else waits is no longer needed."""
-        membership = self._coordinator.membership
-        if not membership.done or membership.view is None:
+        if not self._coordinator.membership.done:
             return False
-        members = [self._groups[member] for member in membership.view.members]
-        return all(process.poll() is not None for group in members for process in group.processes)
+        now = time.monotonic()
+        self._deadline = self._deadline or now + self._job.grace_s
+        return now >= self._deadline or all(g.ranks is None or g.ranks.over for g in self._leader_first())
+
+    def _leader_first(self) -> list[_Group]:
+        view = self._coordinator.membership.view
+        return [self._groups[member] for member in view.members] if view is not None else []
+
+    def _heed(self) -> None:
+        """Do what signals ask: have the ranks save and leave, or end everything."""
+        asked = self._asked
+        if asked.at_once:
+            raise RankFailed(f"stopped at once, without a checkpoint: {_AGAIN}", INTERRUPTED)
+        if asked.signal is None:
+            return
+        if self._coordinator.membership.view is None:
+            raise Preempted(f"stopped by {asked.signal} before the groups had met: {_AGAIN}")
+        self._deadline = self._deadline or time.monotonic() + self._job.grace_s
+        if time.monotonic() >= self._deadline and not self._coordinator.membership.done:
+            raise Preempted(
+                f"stopped by {asked.signal}, but the groups did not save within {self._job.grace_s:g} s "
+                f"(faults.grace) and were killed: {_AGAIN}"
+            )
+        for group in self._groups:
+            if group.ranks is not None and not group.asked:
+                group.asked = True
+                group.ranks.signal(signal.SIGTERM)
 
     def _tend(self, group: _Group) -> None:
         """Start a group that is down, and end one that has lost a rank."""
-        membership = self._coordinator.membership
-        if membership.done:
+        ranks, now = group.ranks, time.monotonic()
+        leaves = self._asked.signal is not None or self._lost is not None or self._coordinator.membership.done
+        if ranks is None:
+            if not leaves and group.not_before is not None and now >= group.not_before:
+                self._launch(group)
             return
-        if group.processes:
-            ended = [(rank, code) for rank, p in enumerate(group.processes) if (code := p.poll()) is not None]
-            if ended:
-                # One that was killed comes first: the others end because of it.
-                rank, code = min(ended, key=lambda one: one[1] >= 0)
-                self._bury(group, self._epitaph(group, rank, code))
-        elif time.monotonic() >= group.not_before and group.starts < _STARTS_WITHOUT_A_STEP:
-            self._launch(group)
-        elif all(not each.processes and each.starts >= _STARTS_WITHOUT_A_STEP for each in self._groups):
-            self._lost = f"every group ended {_STARTS_WITHOUT_A_STEP} times before the first step"
+        failure = ranks.failure()
+        if ranks.over:
+            if not self._coordinator.membership.done:
+                self._bury(group, failure)
+        elif failure is not None:
+            group.failed_at = group.failed_at or now
+            if not failure.consequence or now >= group.failed_at + _CAUSE_WAIT_S:
+                ranks.kill()
 
     def _launch(self, group: _Group) -> None:
-        import torch.distributed as dist
-
-        group.starts += 1
-        group.store = _store(dist)  # the group's own rendezvous
-        for rank in range(self._ranks):
-            group.processes.append(self._start(self._environment(group, rank)))
-        self._log.event("group-started", group=group.index, pids=[process.pid for process in group.processes])
+        group.store = _store()  # the group's own rendezvous
+        place = Place(
+            first=0,
+            ranks=self._ranks,
+            world=self._ranks,
+            host="127.0.0.1",
+            port=group.store.port,
+            attempt=group.lives,
+            name=str(group),
+        )
+        group.ranks = Ranks(
+            zygote=self._forks,
+            argv=self._job.argv,
+            place=place,
+            logs=self._job.folder / "logs" / str(group).replace(" ", "-"),
+            watchdog=None if self._job.watch is None else self._job.watch(place),
+            environment={rank: self._environment(group, rank) for rank in range(self._ranks)},
+        )
+        group.lives, group.steps, group.failed_at, group.fenced = group.lives + 1, 0, None, ""
+        while None in group.ranks.pids:
+            self._forks.read()
+        self._log.event("group-started", group=group.index, pids=group.ranks.pids)
 
     def _environment(self, group: _Group, rank: int) -> dict[str, str]:
-        local = group.index * self._ranks + rank
-        self._error_file(group, rank).unlink(missing_ok=True)
+        here = len(self._groups) * self._ranks
         return {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(self._ranks),
             # Which device, and how many share the machine.
-            "LOCAL_RANK": str(local),
-            "LOCAL_WORLD_SIZE": str(len(self._groups) * self._ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(group.store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_ERROR_FILE": str(self._error_file(group, rank)),
+            "LOCAL_RANK": str(group.index * self._ranks + rank),
+            "LOCAL_WORLD_SIZE": str(here),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(usable_cores() // here, 1)),
             COORDINATOR: self._coordinator.address,
             TOKEN: self._coordinator.token,
             STORE: f"127.0.0.1:{self._store.port}",
@@ -153,26 +264,20 @@ class Groups:
     def _handle(self, actions: Sequence[Action]) -> None:
         for action in actions:
             if isinstance(action, Committed):
-                self._write_ledger(action)
-                for index, _ in action.notes:
-                    self._groups[index].starts = 0
+                self._count(action)
             elif isinstance(action, Fence):
-                self._bury(self._groups[action.group], f"group {action.group} {action.why}")
+                self._fence(self._groups[action.group], action.why)
             elif isinstance(action, Lost):
-                self._lost = action.why
+                self._lose(action.why)
             elif isinstance(action, Decide) and (action.view.sources or not action.committed):
                 self._tell(action)
 
-    def _write_ledger(self, committed: Committed) -> None:
-        notes = {who: note for who, note in committed.notes.items() if note}
-        if not notes:
-            return
-        samples: dict[str, list[Any]] = {}
-        for (group, _), note in sorted(notes.items()):
-            samples.setdefault(str(group), []).extend(note["samples"])
-        step = next(iter(notes.values()))["step"]
-        line = {"time": time.time(), "step": step, "epoch": committed.epoch, "samples": samples}
-        self._ledger.write(json.dumps(line).encode() + b"\n")
+    def _count(self, committed: Committed) -> None:
+        if wrong := self._ledger.write(committed):
+            self._lose(wrong)
+        self._failures.clear()
+        for index in {index for index, _ in committed.notes}:
+            self._groups[index].steps += 1
 
     def _tell(self, decision: Decide) -> None:
         view = decision.view
@@ -193,89 +298,67 @@ class Groups:
             aborted=not decision.committed and view.epoch > 1,
         )
 
-    def _bury(self, group: _Group, why: str) -> None:
-        """End what is left of a group, say why, and set the time of its return."""
-        if not group.processes:
+    def _fence(self, group: _Group, why: str) -> None:
+        """End a group that holds the others up, and learn what it was doing."""
+        if group.ranks is None:
             return
-        pause = min(_PAUSE_S * 2 ** (group.starts - 1) if group.starts else 0.0, _LONGEST_PAUSE_S)
-        group.not_before = time.monotonic() + pause
-        self._end(group)
-        self._log.event("group-ended", message=why, group=group.index)
-        self._say(why)
+        group.fenced = why
+        if group.ranks.watchdog is not None:
+            group.ranks.watchdog.accuse()
+        else:
+            group.ranks.kill()
+
+    def _bury(self, group: _Group, failure: Failure | None) -> None:
+        """All ranks of a group have ended: say why, and set the time of its return."""
+        assert group.ranks is not None
+        said = failure.sentence if failure is not None else "ended by nobody's order"
+        why = f"{group} {group.fenced}: {said}" if group.fenced else f"{group}, {said}"
+        failure = replace(failure or Failure(sentence=why), sentence=why)
+        group.ranks.close()
+        group.ranks = group.store = None
         self._coordinator.gone(group.index)
+        self._failures.append(failure)
+        group.headway += group.steps >= _HEADWAY_STEPS
+        verdict = group.budget.failed(failure, group.headway)
+        given_up = verdict.delay_s is None
+        group.not_before = None if verdict.delay_s is None else time.monotonic() + verdict.delay_s
+        self._log.event("group-ended", message=why, group=group.index, again_in_s=verdict.delay_s)
+        last = why.strip().splitlines()[-1]
+        last = last if last.startswith(str(group)) else f"{group}, {last}"
+        if given_up:
+            last = f"{last}; {group} is not started again{f': {verdict.why}' if verdict.why else ''}"
+            self._log.event("group-given-up", message=last, group=group.index)
+        self._say(last)
+        if all(each.not_before is None and each.ranks is None for each in self._groups):
+            self._lose("no group is left")
 
-    def _end(self, group: _Group) -> None:
-        for process in group.processes:
-            if process.poll() is None:
-                process.kill()
-        for process in group.processes:
-            while process.poll() is None:
-                time.sleep(0.001)
-        group.processes, group.store = [], None
+    def _lose(self, why: str) -> None:
+        if self._lost is None:
+            self._lost = why, time.monotonic()
 
-    def _epitaph(self, group: _Group, rank: int, code: int) -> str:
-        who = f"group {group.index}, rank {rank}"
-        if code < 0:
-            return f"{who} was killed by {signal.Signals(-code).name}"
-        try:
-            note = json.loads(self._error_file(group, rank).read_text())
-            if self._first_error is None:
-                self._first_error = f"{who}: {note['message']}", note["exit_code"]
-            return f"{who}: {note['message'].strip().splitlines()[-1]}"
-        except (OSError, ValueError, KeyError):
-            return f"{who} ended with exit code {code}"
+    def _knows_why(self, since: float) -> bool:
+        """Whether a group's own failure is known, or would be by now."""
+        return any(not failure.consequence for failure in self._failures) or (
+            time.monotonic() >= since + _LAST_WORDS_S or all(group.ranks is None for group in self._groups)
+        )
 
-    def _failure(self, why: str) -> TrainingError:
-        said = f"; {self._first_error[0]}" if self._first_error else ""
-        return TrainingError(f"{why}{said}: run the same command again to resume from the newest checkpoint")
-
-    def _error_file(self, group: _Group, rank: int) -> Path:
-        return self._folder / "logs" / f"group-{group.index}-rank-{rank}.error.json"
-
-
-class _Forked:
-    """A rank that a zygote has forked."""
-
-    def __init__(self, zygote: Zygote, argv: Sequence[str], env: dict[str, str], log: Path | None) -> None:
-        self._zygote, self._asked = zygote, zygote.start(argv, env, log)
-        while (pid := zygote.pid(self._asked)) is None:
-            zygote.read()
-        self.pid = pid
-
-    def poll(self) -> int | None:
-        self._zygote.read(wait=False)
-        return self._zygote.code(self._asked)
-
-    def kill(self) -> None:
-        self._zygote.signal(self._asked, signal.SIGKILL)
+    def _failure(self, why: str) -> Failure:
+        """What explains best that the run is lost: the first that failed by itself."""
+        if not self._failures:
+            return Failure(sentence=why)
+        first = min(self._failures, key=lambda failure: failure.consequence)
+        return replace(first, sentence=f"{why}: {first.sentence}")
 
 
-def start_groups(
-    argv: Sequence[str], count: int, ranks: int, folder: Path, timeouts: Timeouts, zygote: Zygote
-) -> None:
-    """Run `muster *argv` as `count` groups of `ranks` ranks, and keep the groups alive.
-
-    Their first ranks write to this terminal (the group that leads does), the others to `logs/` in the run's folder.
-    """
-    logs = folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(usable_cores() // (count * ranks), 1))
-
-    def start(environment: Mapping[str, str]) -> Child:
-        env = dict(os.environ) | {"OMP_NUM_THREADS": threads} | dict(environment)
-        quiet = environment["RANK"] != "0"
-        log = logs / f"group-{environment[GROUP]}-rank-{environment['RANK']}.log"
-        return _Forked(zygote, argv, env, log if quiet else None)
-
-    def say(sentence: str) -> None:
-        sys.stdout.write(sentence + "\n")
-        sys.stdout.flush()
-
-    Groups(count, ranks, folder, timeouts, start, say).run()
+def _say(sentence: str) -> None:
+    sys.stdout.write(sentence + "\n")
+    sys.stdout.flush()
 
 
-def _store(dist: Any) -> Any:
+def _store() -> Any:
     """A rendezvous on a port that the system chooses."""
-    return dist.TCPStore(
+    import torch.distributed as dist
+
+    return dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
     )

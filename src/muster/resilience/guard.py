@@ -114,8 +114,14 @@ class Guard:
         """What a checkpoint's manifest holds of it, as plain data."""
         return {"withdrawn": [list(span) for span in self._withdrawn], "recent": self._spikes.state()}
 
-    def restore(self, state: Mapping[str, Sequence[Sequence[Any]]]) -> None:
+    def everything(self) -> dict[str, Any]:
+        """The same, and the bad steps that were counted since the ranks were started."""
+        return self.state() | {"counts": [self._in_a_row, self._in_all, self._rewound_at]}
+
+    def restore(self, state: Mapping[str, Sequence[Any]]) -> None:
         """Judge as when `state` was taken; what has been withdrawn since stays so. Older manifests hold nothing."""
+        if "counts" in state:
+            self._in_a_row, self._in_all, self._rewound_at = state["counts"]
         for first, last in state.get("withdrawn", []):
             self.withdraw(first, last)
         self._spikes.restore(state.get("recent", [[], []]))

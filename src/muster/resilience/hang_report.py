@@ -14,9 +14,12 @@ from muster.resilience.verdict import Verdict, waits
 _TAIL = 24
 
 
-def write(folder: Path, verdict: Verdict, witnesses: Sequence[Witness], *, stalled_s: float) -> Path:
-    """Write the next `hang-NNNN.md` of a run; returns its path."""
-    content = text(verdict, witnesses, stalled_s=stalled_s, when=time.strftime("%Y-%m-%d %H:%M:%S"))
+def write(
+    folder: Path, verdict: Verdict, witnesses: Sequence[Witness], *, stalled_s: float, of: str = ""
+) -> Path:
+    """Write the next `hang-NNNN.md` of a run; returns its path. `of`: which of several sets of ranks this is."""
+    when = time.strftime("%Y-%m-%d %H:%M:%S")
+    content = text(verdict, witnesses, stalled_s=stalled_s, when=when, of=of)
     number = 1 + max((int(path.stem[5:]) for path in folder.glob("hang-[0-9][0-9][0-9][0-9].md")), default=0)
     draft = folder / f"hang.{secrets.token_hex(4)}.partial"
     draft.write_text(content)
@@ -31,9 +34,9 @@ def write(folder: Path, verdict: Verdict, witnesses: Sequence[Witness], *, stall
         return path
 
 
-def text(verdict: Verdict, witnesses: Sequence[Witness], *, stalled_s: float, when: str) -> str:
+def text(verdict: Verdict, witnesses: Sequence[Witness], *, stalled_s: float, when: str, of: str = "") -> str:
     lines = [
-        f"# No progress for {stalled_s:.0f} s",
+        f"# No progress for {stalled_s:.0f} s{f' in {of}' if of else ''}",
         "",
         f"{verdict.sentence[:1].upper()}{verdict.sentence[1:]}.",
         "",

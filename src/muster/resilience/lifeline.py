@@ -18,7 +18,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from muster.errors import CheckpointError, DoesNotFit, MusterError, ParityError, Preempted, UsageError
+from muster.errors import (
+    CheckpointError,
+    DoesNotFit,
+    MusterError,
+    ParityError,
+    Preempted,
+    TrainingError,
+    UsageError,
+)
 from muster.resilience.beats import Beat
 from muster.resilience.watched import Watched
 
@@ -34,6 +42,10 @@ _CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "Broke
 """What a rank says when another one has died."""
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _STEP = struct.Struct("<q")
+
+
+class CutOff(TrainingError):
+    """The others have gone on without this rank: it says nothing about why."""
 
 
 class Lifeline:
@@ -97,7 +109,8 @@ def reported() -> Iterator[Lifeline]:
             "message": str(error) if known else trace,
             "exit_code": error.exit_code if isinstance(error, MusterError) else 1,
             "certain": isinstance(error, _CERTAIN),
-            "consequence": not known and any(words in trace for words in _CONSEQUENCES),
+            "consequence": isinstance(error, CutOff)
+            or (not known and any(words in trace for words in _CONSEQUENCES)),
             "time": time.time(),
         }
         Path(target).write_text(json.dumps(note))

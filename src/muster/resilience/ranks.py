@@ -15,10 +15,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from muster.errors import Preempted, TrainingError
 from muster.resilience.budget import Failure
@@ -42,6 +42,19 @@ class Place:
     port: int
     """Of the store that the world meets at."""
     attempt: int = 0
+    name: str = ""
+    """Of this world, where a run has several."""
+
+
+class Forks(Protocol):
+    """What starts processes for `Ranks`, and knows them by the number that `start` returns."""
+
+    def start(self, argv: Sequence[str], env: dict[str, str], log: Path | None) -> int: ...
+    def pid(self, asked: int) -> int | None: ...
+    def code(self, asked: int) -> int | None: ...
+    def signal(self, asked: int, number: signal.Signals) -> None: ...
+    def forget(self, asked: int) -> None: ...
+    def read(self, *, wait: bool = True) -> None: ...
 
 
 class Zygote:
@@ -130,11 +143,13 @@ class Zygote:
 class Ranks:
     """Ranks `place.first` and up of one world, on this machine. `argv` is that of the command `muster`."""
 
-    zygote: Zygote
+    zygote: Forks
     argv: Sequence[str]
     place: Place
     logs: Path
     """Folder for the output of all ranks but the first of the world, which keeps the terminal."""
+    environment: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    """What a rank, by its local number, finds there beside what all do, or instead of it."""
     watchdog: Watchdog | None = None
     """Watches while they run; its verdict explains their end."""
     _notes: Path = field(init=False)
@@ -249,6 +264,7 @@ class Ranks:
             **({} if self.watchdog is None else self.watchdog.environment),
             ERROR_FILE: str(self._notes / f"{local}.json"),
             STEP_FILE: str(self._step_file(local)),
+            **self.environment.get(local, {}),
         }
         # Each rank gets its share of the machine's cores as threads unless the user says otherwise.
         return self.zygote.start(

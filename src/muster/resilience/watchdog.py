@@ -26,7 +26,7 @@ from muster.resilience.evidence import Collective, Failure, Witness, parse_messa
 from muster.resilience.oom import oom_kills, resident_bytes
 from muster.resilience.slow import SlowRanks
 from muster.resilience.verdict import Verdict, judge
-from muster.resilience.watched import BEATS, CRASH, FAILURE, POST, RECORDER, STACK
+from muster.resilience.watched import BEATS, CRASH, FAILURE, FIRST, POST, RECORDER, STACK
 
 _POLL_S = 0.1
 _SETTLE_S = 1.0
@@ -51,11 +51,13 @@ class Watchdog:
         *,
         hang_after_s: float,
         first: int = 0,
+        name: str = "",
         peers: Sequence[Sequence[int]] = (),
         note: Callable[[str, str], None] | None = None,
         out_of_memory: Callable[[int, int], str] | None = None,
     ) -> None:
-        """Of `ranks` local ranks from number `first` on. `folder` is the run's, for reports.
+        """Of `ranks` local ranks from number `first` on. `folder` is the run's, for reports; `name` says whose these
+        ranks are, where a run has several sets of them.
 
         `peers` are the sets of ranks that have equal work: when one of them becomes slow, `note` is called with an
         event's kind and a sentence. `out_of_memory` explains, by a rank's number and the bytes that it held, why the
@@ -67,8 +69,9 @@ class Watchdog:
         self._oom_kills = oom_kills()
         self._resident: dict[int, int] = {}
         self._looked = 0.0
+        self._first, self._name = first, name
         # Of its own, because nodes may share the folder.
-        self._post = (folder / "logs" / f"watch-{first:05d}").resolve()
+        self._post = (folder / "logs" / f"watch-{name.replace(' ', '-') or f'{first:05d}'}").resolve()
         shutil.rmtree(self._post, ignore_errors=True)
         self._post.mkdir(parents=True)
         self._board = Board(ranks)
@@ -76,7 +79,7 @@ class Watchdog:
         self._since = time.monotonic()
         self._steady, self._usual_s = False, 0.0
         self._failing_since: float | None = None
-        self._end = threading.Event()
+        self._end, self._accused = threading.Event(), threading.Event()
         self.verdict: Verdict | None = None
         """None while all is well."""
         self.report: Path | None = None
@@ -86,7 +89,12 @@ class Watchdog:
     def environment(self) -> dict[str, str]:
         """What the ranks' environment must say. The recorder's size: some steps' collectives, in 10 ms to read."""
         recorder = os.environ.get("TORCH_FR_BUFFER_SIZE", "1024")
-        return {BEATS: self._board.path, POST: str(self._post), "TORCH_FR_BUFFER_SIZE": recorder}
+        return {
+            BEATS: self._board.path,
+            FIRST: str(self._first),
+            POST: str(self._post),
+            "TORCH_FR_BUFFER_SIZE": recorder,
+        }
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._watch, name="muster-watchdog", daemon=True)
@@ -115,6 +123,10 @@ class Watchdog:
                 self.verdict = self._with_memory(judge(witnesses), exit_codes)
         return self.verdict
 
+    def accuse(self) -> None:
+        """Others have found that these ranks hang: take down what they do, and end them."""
+        self._accused.set()
+
     def poll(self) -> None:
         """Look once; a verdict is found at most once."""
         pulses = self._board.read()
@@ -132,8 +144,15 @@ class Watchdog:
             if len(failing) == len(pulses) or now - self._failing_since >= _SETTLE_S:
                 self._find(is_hang=False)
             return
-        patience = max(self._patience(pulse) for pulse in pulses)
         marks = tuple(pulse.mark for pulse in pulses)
+        own = [pulse for pulse in pulses if pulse.phase != "groups"]
+        if self._accused.is_set():
+            self._find(is_hang=True)
+            return
+        if not own and not any(process_state(pulse.pid) in ("T", "t") for pulse in pulses):
+            self._marks, self._since, self._steady = marks, now, False
+            return  # they wait for ranks that others watch
+        patience = max((self._patience(pulse) for pulse in own), default=1.0)
         if marks != self._marks:
             if self._steady and patience == 1:
                 self._usual_s = max(self._usual_s, now - self._since)
@@ -187,12 +206,14 @@ class Watchdog:
         verdict = judge(witnesses)
         if verdict.cause not in ("failed", "killed"):
             self.report = hang_report.write(
-                self._folder, verdict, witnesses, stalled_s=time.monotonic() - self._since
+                self._folder, verdict, witnesses, stalled_s=time.monotonic() - self._since, of=self._name
             )
-            verdict = replace(
-                verdict,
-                sentence=f"no progress for {self._hang_after_s:g} s: {verdict.sentence}; see {self.report}",
+            silent = (
+                "others got no answer"
+                if self._accused.is_set()
+                else f"no progress for {self._hang_after_s:g} s"
             )
+            verdict = replace(verdict, sentence=f"{silent}: {verdict.sentence}; see {self.report}")
         self.verdict = verdict
         self._board.release()
         failing = {w.rank for w in witnesses if w.failure and not w.failure.crash}

@@ -23,8 +23,8 @@ from pathlib import Path
 from muster.resilience.beats import Beat
 from muster.resilience.listening import Messages, listening
 
-BEATS, POST = "MUSTER_BEATS", "MUSTER_POST"
-"""Environment of a watched rank: the board's path, and the folder for what it leaves."""
+BEATS, FIRST, POST = "MUSTER_BEATS", "MUSTER_FIRST", "MUSTER_POST"
+"""Environment of a watched rank: the board's path, the rank of its first row, and the folder for what it leaves."""
 STACK, CRASH, RECORDER, FAILURE = "stack-{}.txt", "crash-{}.txt", "recorder-{}.json", "failure-{}.json"
 
 _POLL_S = 0.2
@@ -46,7 +46,7 @@ class Watched:
         faulthandler.register(signal.SIGUSR2, file=self._files[0], all_threads=True)
         _outlive_abort()
         faulthandler.enable(file=self._files[1], all_threads=True)
-        self.beat = Beat(os.environ[BEATS], slot=int(os.environ["LOCAL_RANK"]), rank=self._rank)
+        self.beat = Beat(os.environ[BEATS], slot=self._rank - int(os.environ[FIRST]), rank=self._rank)
         threading.Thread(target=self._answer, name="muster-watched", daemon=True).start()
 
     def listening(self) -> AbstractContextManager[None]:

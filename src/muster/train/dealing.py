@@ -47,10 +47,10 @@ def turns_of(turns: int, groups: int, position: int) -> range:
     return range(position * turns // groups, (position + 1) * turns // groups)
 
 
-def sample_ranges(group: Training, step: int, part: int, turns: range) -> Iterator[range]:
-    """The numbers of the samples in each microbatch of one data part of a group."""
+def sample_ranges(group: Training, batch: int, part: int, turns: range) -> Iterator[range]:
+    """The numbers of the samples in each microbatch of one data part of a group; `batch` is the batch's number."""
     size, parts = group.layout.microbatch, group.layout.data
-    first = step * group.sequences_per_batch
+    first = batch * group.sequences_per_batch
     for turn in turns:
         start = first + (turn * parts + part) * size
         yield range(start, start + size)

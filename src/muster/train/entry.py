@@ -188,6 +188,7 @@ def watchdog(plan: Plan, place: Place) -> Watchdog:
         place.ranks,
         hang_after_s=plan.run.faults.hang_after,
         first=place.first,
+        name=place.name,
         peers=[[rank for rank in ranks if rank in here] for ranks in stages],
         note=note,
         out_of_memory=out_of_memory,
@@ -197,7 +198,7 @@ def watchdog(plan: Plan, place: Place) -> Watchdog:
 def run_rank(run: schema.Run, *, base: Path, folder: Path, lifeline: Lifeline | None = None) -> None:
     """Join the other ranks and train; without a lifeline nobody can ask this rank to stop."""
     if run.faults.elastic:
-        _run_rank_of_group(run, base=base, folder=folder)
+        _run_rank_of_group(run, base=base, folder=folder, lifeline=lifeline or Lifeline())
         return
     with join() as world:
         plan = planning.make(run, base=base, folder=folder, gpus=torch.cuda.device_count(), ranks=world.size)
@@ -207,7 +208,7 @@ def run_rank(run: schema.Run, *, base: Path, folder: Path, lifeline: Lifeline | 
             train(plan, world, report, lifeline or Lifeline())
 
 
-def _run_rank_of_group(run: schema.Run, *, base: Path, folder: Path) -> None:
+def _run_rank_of_group(run: schema.Run, *, base: Path, folder: Path, lifeline: Lifeline) -> None:
     """The same in one of the replica groups, each of which is a world of its own."""
     if GROUP not in os.environ:
         raise UsageError(
@@ -216,7 +217,7 @@ def _run_rank_of_group(run: schema.Run, *, base: Path, folder: Path) -> None:
     with join() as world:
         plan = one_group(planning.make(run, base=base, folder=folder, gpus=torch.cuda.device_count()))
         with (
-            contextlib.closing(Between.connect(world.rank, run.faults.timeouts)) as between,
+            contextlib.closing(Between.connect(world.rank, run.faults.timeouts, lifeline.beat)) as between,
             Report(plan, world, speaks=False) as report,
         ):
-            GroupTraining(plan, world, report, between).run()
+            GroupTraining(plan, world, report, between, lifeline).run()

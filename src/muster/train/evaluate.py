@@ -37,6 +37,10 @@ class Evaluation:
         return self.nats / math.log(2) / self.bytes
 
 
+class BrokenOff(Exception):
+    """A rank was asked to stop in the middle of an evaluation; raised on all ranks."""
+
+
 @torch.no_grad()
 def evaluate(
     score: Callable[[Sequence[Batch]], Tensor],
@@ -47,16 +51,19 @@ def evaluate(
     parts: int = 1,
     at_once: int = 1,
     counts_tokens: bool = True,
+    asked: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """Score every batch once, shared out over the data parts; the same figures on every rank.
 
     `score` gives this rank's share of the summed loss of `at_once` batches. Ranks that read the same part as
-    others leave it to one of them to count its tokens.
+    others leave it to one of them to count its tokens. BrokenOff, on all ranks, as soon as one is `asked` to stop.
     """
     nats, tokens = 0.0, 0
     # Under ZeRO every rank joins each gather, so all score equally many batches; those past the end are empty.
     turns = -(-len(batches) // (parts * at_once))
     for turn in range(turns):
+        if asked is not None and any(world.sum(asked())):
+            raise BrokenOff
         some = [batches.batch((turn * at_once + index) * parts + part) for index in range(at_once)]
         nats += float(score(some))
         tokens += sum(batch.valid_tokens for batch in some) if counts_tokens else 0

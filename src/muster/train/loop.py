@@ -16,7 +16,7 @@ from muster.resilience.guard import BadStep
 from muster.resilience.lifeline import Lifeline
 from muster.train import origin, recovery, saves
 from muster.train.clock import Alarm
-from muster.train.evaluate import Evaluation
+from muster.train.evaluate import BrokenOff, Evaluation
 from muster.train.plan import Plan, Training
 from muster.train.report import Report
 from muster.train.trainee import Trainee
@@ -70,7 +70,7 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
         if stop_now:
             saves.leave(saver, plan, step)
         if evaluate_now and step < plan.steps:
-            last_evaluation = trainee.evaluate(plan.corpus, limit_tokens=plan.run.train.eval_tokens)
+            last_evaluation = evaluated(trainee, plan, saver, step, lifeline, plan.run.train.eval_tokens)
             report.evaluation(step, last_evaluation)
             saver.scored(step, last_evaluation)
         if trainee.guard.checks_copies(step):
@@ -80,10 +80,25 @@ def train(plan: Plan, world: World, report: Report, lifeline: Lifeline) -> Evalu
 
     saver.finish(step)
     if plan.corpus.held_out:
-        last_evaluation = trainee.evaluate(plan.corpus)
+        last_evaluation = evaluated(trainee, plan, saver, step, lifeline)
         report.evaluation(step, last_evaluation)
     report.end(step)
     return last_evaluation
+
+
+def evaluated(
+    trainee: Trainee,
+    plan: Plan,
+    saver: saves.Saver,
+    step: int,
+    lifeline: Lifeline,
+    limit_tokens: int | None = None,
+) -> Evaluation:
+    """Score the state after `step`. Preempted, after a checkpoint, when a rank is asked to stop meanwhile."""
+    try:
+        return trainee.evaluate(plan.corpus, limit_tokens, asked=lambda: lifeline.asked)
+    except BrokenOff:
+        saves.leave(saver, plan, step)
 
 
 def microbatches(sampler: Sampler, plan: Plan, part: int, batch: int) -> list[Batch]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from muster.observe.records import EVENTS, read_jsonl
 from muster.parallel.world import World
-from muster.resilience.guard import BadStep, Guard, Span
+from muster.resilience.guard import Action, BadStep, Guard, Span
 from muster.train import saves
 from muster.train.plan import Plan
 from muster.train.report import Report
@@ -31,23 +31,31 @@ def recover(
     """
     if plan.run.train.sync is not None:
         raise bad  # copies that train apart do not all come here, and what is under way knows of the step
-    guard = trainee.guard
-    batch = guard.batch_of(step)
-    action = guard.act(step, bad.kind)
-    if action == "stop":
-        raise bad
     back = step
-    if action == "rewind":
+    if action(bad, step, trainee.guard) == "rewind":
         saver.drain()
         back = saves.resume(trainee, plan, world, report) or step  # no checkpoint yet: only skipped
-    first = guard.batch_of(back)
+    withdraw(bad, step, back, trainee.guard, report)
+    return back
+
+
+def action(bad: BadStep, step: int, guard: Guard) -> Action:
+    """What is to be done about a bad step after `step` good ones. Raises `bad` where the run is to stop."""
+    found = guard.act(step, bad.kind)
+    if found == "stop":
+        raise bad
+    return found
+
+
+def withdraw(bad: BadStep, step: int, back: int, guard: Guard, report: Report) -> None:
+    """Never use the batch of a bad step again, nor those since step `back`, from where the run goes on."""
+    batch, first = guard.batch_of(step), guard.batch_of(back)
     guard.withdraw(first, batch)
     what = f"batch {batch} is" if first == batch else f"batches {first} to {batch} are"
     report.note(
         _WITHDRAWN, f"{bad}: {what} not used again, the run goes on from step {back}",
         step=step, fault=bad.kind, first=first, last=batch, back_to=back,
     )  # fmt: skip
-    return back
 
 
 def recall(guard: Guard, folder: Path, world: World) -> None:

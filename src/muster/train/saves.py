@@ -32,10 +32,15 @@ from muster.train.report import Report
 from muster.train.trainee import Trainee
 
 
-def resume(trainee: Trainee, plan: Training, world: World, report: Report) -> int:
-    """Restore the newest sound checkpoint, if there is one, and return the number of steps done."""
+def resume(
+    trainee: Trainee, plan: Training, world: World, report: Report, *, others_save: bool = False
+) -> int:
+    """Restore the newest sound checkpoint, if there is one, and return the number of steps done.
+
+    What earlier saves have left half written is cleared away, unless `others_save` there already.
+    """
     folder = shelf_of(plan)
-    if world.is_first:
+    if world.is_first and not others_save:
         shelf.sweep(folder)
     candidates = shelf.steps(folder) if world.is_first else []
     count = len(candidates)

@@ -179,25 +179,35 @@ class Trainee:
 
     @explained
     def evaluate(
-        self, corpus: Corpus, limit_tokens: int | None = None, *, share: tuple[int, int] = (0, 1)
+        self,
+        corpus: Corpus,
+        limit_tokens: int | None = None,
+        *,
+        share: tuple[int, int] = (0, 1),
+        asked: Callable[[], bool] | None = None,
     ) -> Evaluation:
-        """Score the held-out documents of a corpus, or their first `limit_tokens`; of them share (index, out of)."""
+        """Score the held-out documents of a corpus, or their first `limit_tokens`; of them share (index, out of).
+
+        BrokenOff on all ranks as soon as one is `asked` to stop.
+        """
         layout = self.plan.layout
         batches = EvaluationBatches(
             corpus.held_out, corpus.tokenizer, self.plan.sequence, layout.microbatch, limit_tokens
         )
         with self.sync.evaluating():
-            evaluation = evaluate(
-                self._score,
-                batches,
-                self.world,
-                part=share[0] * layout.data + self.mesh.data_index,
-                parts=share[1] * layout.data,
-                at_once=layout.pipeline,  # so that the stages have something to do at the same time
-                counts_tokens=self.mesh.reads_first,
-            )
-            self.model.rest()
-        return evaluation
+            try:
+                return evaluate(
+                    self._score,
+                    batches,
+                    self.world,
+                    part=share[0] * layout.data + self.mesh.data_index,
+                    parts=share[1] * layout.data,
+                    at_once=layout.pipeline,  # so that the stages have something to do at the same time
+                    counts_tokens=self.mesh.reads_first,
+                    asked=asked,
+                )
+            finally:
+                self.model.rest()
 
     def _score(self, batches: Sequence[Batch]) -> Tensor:
         self.beat.enter("evaluate")

@@ -24,7 +24,6 @@ from muster.resilience.watchdog import Watchdog
 Peril = tuple[int, int, str]
 """Group, step (from 1), moment of kill -9: forward, reduce, vote, voted, apply or hand; or another peril."""
 
-_KILLS = ("forward", "reduce", "vote", "voted", "apply", "hand")
 TIMEOUTS = Timeouts(collective=20.0, vote=25.0, quorum=40.0, supervisor=60.0)
 
 
@@ -71,7 +70,7 @@ def train_groups(
     """Train to the end, with the groups of `run["layout"]`; who dies is waited for before the next step.
 
     Other perils: `stop` and `stop-voted` (SIGSTOP in the passes, or when the vote is sent), `term` (SIGTERM), `nan` (of
-    the loss), `error` (whenever that step is taken). With them nobody waits for who is missing.
+    the loss), `error` (whenever that step is taken; then nobody waits for who is missing).
     """
     layout = run["layout"]
     ranks = 1
@@ -141,7 +140,7 @@ def _imperil(folder: Path, perils: Sequence[Peril], groups: int) -> None:
 
     group, rank = int(os.environ[GROUP]), int(os.environ["RANK"])
     now = {"step": 0}
-    only_kills = all(moment in _KILLS for _, _, moment in perils)
+    failing = {group for group, _, moment in perils if moment == "error"}
 
     def is_time(moment: str) -> bool:
         for number, peril in enumerate(perils):
@@ -152,6 +151,9 @@ def _imperil(folder: Path, perils: Sequence[Peril], groups: int) -> None:
                     marker.touch()
                     return True
         return False
+
+    def is_given_up() -> bool:
+        return any(event["event"] == "group-given-up" for event in read_jsonl(folder / "events.jsonl"))
 
     def die(moment: str) -> None:
         if is_time(moment):
@@ -203,11 +205,14 @@ def _imperil(folder: Path, perils: Sequence[Peril], groups: int) -> None:
         (folder / f"ready-{group}").unlink(missing_ok=True)
 
     def update_there(self: Any) -> Any:
-        missing = set(range(groups)) - set(self.between.members) if only_kills else ()
+        missing = set(range(groups)) - set(self.between.members) if not failing else ()
         deadline = time.monotonic() + 15
         while not all((folder / f"ready-{m}").exists() for m in missing) and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(0.1 if missing else 0)  # for the hello to arrive
+        deadline = time.monotonic() + 1
+        while failing == {1} and not is_given_up() and time.monotonic() < deadline:
+            time.sleep(0.02)
         return update(self)
 
     def apply_there(self: Any, step: int, *rest: Any) -> Any:

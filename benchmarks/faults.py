@@ -4,8 +4,8 @@
 
 The short form takes some minutes and runs a few trials of each; `--full` runs as many as the promises are worth
 (hundreds of kills, a thousand flipped bits), which takes an hour. A row that is not kept says what happened, and the
-exit code is 1. What each trial does is told by the module that it is in: faults_checkpoint.py, faults_hang.py,
-faults_numbers.py and faults_restart.py.
+exit code is 1. What each trial does is told by the module that it is in: faults_checkpoint.py, faults_groups.py,
+faults_hang.py, faults_numbers.py and faults_restart.py.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import cells
 import faults_checkpoint
+import faults_groups
 import faults_hang
 import faults_numbers
 import faults_restart
@@ -117,11 +118,46 @@ def restarts(scratch: Path, full: bool) -> Iterator[Row]:
     )
 
 
+def groups(scratch: Path, full: bool) -> Iterator[Row]:
+    """Replica groups: who is left goes on at once, and keeps what was done."""
+    asked = faults_groups.options([] if full else ["--short"])
+    found = faults_groups.measure(scratch, asked)  # raises where a sample is dealt twice, or left out
+    kills = [kill["next_step_s"] for kill in found["kills"]]
+    yield Row(
+        "kill -9 of a group costs the others at most one step; every sample once",
+        len(kills),
+        len(kills) if found["aborted"] <= len(kills) == found["groups_ended"] else 0,
+        f"next step committed after {faults_groups.said(kills)}",
+    )
+    goodput = found["goodput"]
+    if full:
+        yield Row(
+            "a group killed every 60 s for 10 minutes: goodput of 90 % at least",
+            1,
+            int(goodput >= 0.9),
+            f"{goodput:.1%}",
+        )
+    limit_s = asked.hang_after + 5
+    yield Row(
+        "SIGSTOP of a group: named, and the others go on, within hang_after + 5 s",
+        1,
+        int(found["hang_named"] and found["hang_s"] <= limit_s),
+        f"within {found['hang_s']:.1f} s (hang_after {asked.hang_after:g} s)",
+    )
+    yield Row(
+        "SIGTERM: all groups agree on a step, which is saved, and the command exits with 75",
+        1,
+        int(found["exit_code"] == 75 and found["stop_saved"]),
+        f"within {found['stop_s']:.1f} s (grace 25 s)",
+    )
+
+
 ALL: dict[str, Trials] = {
     "checkpoints": checkpoints,
     "hangs": hangs,
     "numbers": numbers,
     "restarts": restarts,
+    "groups": groups,
 }
 
 

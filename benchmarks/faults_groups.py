@@ -1,10 +1,15 @@
-"""Replica groups under kill -9: how long until the next committed step, and how much of the work is kept.
+"""Replica groups under kill -9, SIGSTOP and SIGTERM: how long until the next committed step, and how much work is kept.
 
     python benchmarks/faults_groups.py [--groups N] [--kill-every S] [--minutes M] [--short] [--json FILE]
 
-`muster train` with `faults.elastic`, undisturbed for a while and then with one rank of a random group killed every so
-many seconds. The ledger tells what was committed when and by whom; it is audited: every sample of every step once.
-Goodput is the steps committed under kills over those that the undisturbed rate would have given.
+`muster train` with `faults.elastic`: undisturbed for a while, then with one rank of a random group killed every so many
+seconds, undisturbed again, then with a group stopped by SIGSTOP, and in the end SIGTERM to the command. The ledger
+tells what was committed when and by whom; it is audited: every sample of every step once.
+
+Goodput is the steps (all of the same size) committed between the first kill and the end of that part, whatever happens
+in it, times the undisturbed time of a step, over the time that passed; the undisturbed time is the mean of the
+stretches before and after, with all groups, because a shared machine is not equally fast all the time. Have no more
+groups than cores: else those that are left get the dead one's share of the machine, which flatters the figure.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -36,7 +41,7 @@ data: {{train: [{{files: "*.py"}}], held_out: 5%}}
 train: {{tokens: 1T, batch_tokens: {batch_tokens}, precision: fp32, log_every: 20}}
 layout: {{replicate: {groups}, microbatch: 1}}
 checkpoint: {{every: 1h}}
-faults: {{elastic: true, on_nan: stop}}
+faults: {{elastic: true, hang_after: {hang_after}s}}
 """
 SEQUENCES = 12
 """Of a step: what two, three and four groups divide evenly."""
@@ -53,36 +58,52 @@ class Kill:
 
 
 def main() -> None:
+    asked = options()
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(Path(folder), asked)
+    result |= {"cores": psutil.cpu_count(logical=False), "date": date.today().isoformat()}
+    kills = [kill["next_step_s"] for kill in result["kills"]]
+    back = [kill["back_s"] for kill in result["kills"] if kill["back_s"] is not None]
+    before, after = result["undisturbed_step_s"]
+    print(f"undisturbed step            {before:.3f} s before, {after:.3f} s after")
+    print(f"kill -9 to a committed step {said(kills)} of {len(kills)}")
+    print(f"until the group is back     {said(back)} of {len(back)}")
+    print(f"steps dropped               {result['aborted']} for {len(kills)} kills")
+    print(f"goodput                     {result['goodput']:.1%}")
+    print(f"SIGSTOP to a committed step {result['hang_s']:.1f} s, hang_after {asked.hang_after:g} s")
+    print(f"                            {result['hang_said']}")
+    print(f"SIGTERM to exit {result['exit_code']}          {result['stop_s']:.1f} s: {result['stop_said']}")
+    if asked.json:
+        asked.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def said(seconds: list[float]) -> str:
+    return f"p50 {quantile(seconds, 0.5):.3f} s, p99 {quantile(seconds, 0.99):.3f} s"
+
+
+def quantile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(round(share * (len(ordered) - 1)), len(ordered) - 1)] if ordered else float("nan")
+
+
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--groups", type=int, default=2)
     parser.add_argument("--kill-every", type=float, default=60.0, help="seconds")
     parser.add_argument("--minutes", type=float, default=10.0, help="length of the part with kills")
-    parser.add_argument("--undisturbed", type=float, default=60.0, help="seconds before the first kill")
+    parser.add_argument("--undisturbed", type=float, default=60.0, help="seconds before the kills, and after")
+    parser.add_argument("--hang-after", type=float, default=10.0, help="faults.hang_after, in seconds")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--short", action="store_true", help="a toy model, and two kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the figures there")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     if asked.short:
         asked.kill_every, asked.minutes, asked.undisturbed, asked.width = 20.0, 0.75, 5.0, 32
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), asked)
-    result |= {"cores": psutil.cpu_count(logical=False), "date": date.today().isoformat()}
-    kills = [kill["next_step_s"] for kill in result["kills"]]
-    back = [kill["back_s"] for kill in result["kills"] if kill["back_s"] is not None]
-    print(f"undisturbed step            {result['step_s']:.3f} s")
-    print(
-        f"kill -9 to a committed step {statistics.median(kills):.3f} s, {max(kills):.3f} s most of {len(kills)}"
-    )
-    print(
-        f"until the group is back     {statistics.median(back):.1f} s, {max(back):.1f} s most of {len(back)}"
-    )
-    print(f"steps dropped               {result['aborted']} for {len(kills)} kills")
-    print(f"goodput                     {result['goodput']:.1%}")
-    if asked.json:
-        asked.json.write_text(json.dumps(result, indent=1) + "\n")
+        asked.hang_after = 3.0
+    return asked
 
 
 def measure(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
@@ -91,17 +112,28 @@ def measure(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
         (folder / f"{number}.py").write_text("".join(lines))
     context = 32 if asked.short else 128
     sizes = {"layers": 2 if asked.short else 4, "width": asked.width, "context": context}
-    text = RUN_FILE.format(groups=asked.groups, batch_tokens=SEQUENCES * context, **sizes)
+    text = RUN_FILE.format(
+        groups=asked.groups,
+        batch_tokens=SEQUENCES * context,
+        hang_after=f"{asked.hang_after:g}",
+        **sizes,
+    )
     (folder / "run.yaml").write_text(text)
     run = folder / "runs" / "groups"
-    agent = subprocess.Popen(
-        [sys.executable, "-m", "muster", "train", "run.yaml"],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=sys.stderr,
-    )
+    said = folder / "said"
+    with said.open("w") as file:
+        agent = subprocess.Popen(
+            [sys.executable, "-m", "muster", "train", "run.yaml"],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
     try:
-        killed = list(disturb(agent, run, asked))
+        found = story(agent, run, said, asked)
+    except AssertionError:
+        sys.stderr.write(said.read_text()[-4000:])
+        raise
     finally:
         agent.kill()
         agent.wait()
@@ -111,29 +143,90 @@ def measure(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     assert not any(psutil.pid_exists(pid) for pid in pids(run)), (
         "ranks outlived the process that started them"
     )
-    return evaluate(run, killed, asked)
+    return found
 
 
-def disturb(
-    agent: subprocess.Popen[bytes], run: Path, asked: argparse.Namespace
+def story(agent: subprocess.Popen[bytes], run: Path, said: Path, asked: argparse.Namespace) -> dict[str, Any]:
+    """All that is done to a run, in order, and what came of it."""
+    chance = random.Random(asked.seed)
+    all_there(agent, run, asked.groups)
+    began = time.time()
+    wait(agent, asked.undisturbed)
+    killed = list(kill_groups(agent, run, asked, chance))
+    ended = time.time()
+    all_there(agent, run, asked.groups)
+    again = time.time()
+    wait(agent, asked.undisturbed)
+    quiet = [(began, killed[0][0]), (again, time.time())]
+    found = evaluate(run, killed, ended, quiet, asked) | stop_a_group(agent, run, asked, chance)
+    return found | stop_all(agent, run, said)
+
+
+def all_there(agent: subprocess.Popen[bytes], run: Path, groups: int) -> None:
+    """Wait until all groups train, and have for some steps."""
+    several = 0
+    while several < 5:
+        assert agent.poll() is None, "the run ended"
+        time.sleep(0.1)
+        last = read_jsonl(run / "ledger.jsonl")[-5:]
+        several = sum(len(line["samples"]) == groups for line in last)
+
+
+def kill_groups(
+    agent: subprocess.Popen[bytes], run: Path, asked: argparse.Namespace, chance: random.Random
 ) -> Iterator[tuple[float, int]]:
     """Kill a rank now and then; when and of which group."""
-    chance = random.Random(asked.seed)
-    while len(read_jsonl(run / "ledger.jsonl")) < 5 or len(last_members(run)) < asked.groups:
-        assert agent.poll() is None, "the run ended before its first steps"
-        time.sleep(0.1)
-    wait(agent, asked.undisturbed)
     end = time.monotonic() + 60 * asked.minutes
     while time.monotonic() < end - asked.kill_every / 2:
         if len(last_members(run)) < asked.groups:
             wait(agent, 0.5)  # whoever was killed before is not back yet
             continue
-        group = chance.choice(sorted(int(member) for member in last_members(run)))
-        pid = newest_pids(run)[group][0]
+        group, pid = draw(run, chance)
         wait(agent, chance.random() * 0.2)  # anywhere in a step
         yield time.time(), group
         os.kill(pid, signal.SIGKILL)
         wait(agent, asked.kill_every)
+
+
+def stop_a_group(
+    agent: subprocess.Popen[bytes], run: Path, asked: argparse.Namespace, chance: random.Random
+) -> dict[str, Any]:
+    """SIGSTOP: the seconds until the others have committed a step without that group, and what was said of it."""
+    group, pid = draw(run, chance)
+    stopped = time.time()
+    os.kill(pid, signal.SIGSTOP)
+    while True:
+        assert time.time() < stopped + 60 + 4 * asked.hang_after, "nobody noticed"
+        wait(agent, 0.1)
+        after = [line for line in read_jsonl(run / "ledger.jsonl") if line["time"] > stopped]
+        without = [line["time"] for line in after if str(group) not in line["samples"]]
+        if without:
+            break
+    ended = [e for e in read_jsonl(run / "events.jsonl") if e["event"] == "group-ended"][-1]
+    reports = sorted(run.glob("hang-*.md"))
+    named = ended["group"] == group and "rank 0 was stopped" in ended["message"] and bool(reports)
+    return {"hang_s": without[0] - stopped, "hang_named": named, "hang_said": ended["message"]}
+
+
+def stop_all(agent: subprocess.Popen[bytes], run: Path, said: Path) -> dict[str, Any]:
+    """SIGTERM to the command: how long until it ends, and how."""
+    began = time.monotonic()
+    agent.send_signal(signal.SIGTERM)
+    code = agent.wait(120)
+    stop_s = time.monotonic() - began
+    step = read_jsonl(run / "ledger.jsonl")[-1]["step"]
+    return {
+        "stop_s": stop_s,
+        "exit_code": code,
+        "stop_saved": (run / "checkpoints" / f"step-{step:08d}").is_dir(),
+        "stop_said": said.read_text().strip().splitlines()[-1],
+    }
+
+
+def draw(run: Path, chance: random.Random) -> tuple[int, int]:
+    """A group that trains, and its first rank's process."""
+    group = chance.choice(sorted(int(member) for member in last_members(run)))
+    return group, newest_pids(run)[group][0]
 
 
 def wait(agent: subprocess.Popen[bytes], seconds: float) -> None:
@@ -141,18 +234,22 @@ def wait(agent: subprocess.Popen[bytes], seconds: float) -> None:
     assert agent.poll() is None, "the run ended"
 
 
-def evaluate(run: Path, killed: list[tuple[float, int]], asked: argparse.Namespace) -> dict[str, Any]:
+def evaluate(
+    run: Path,
+    killed: list[tuple[float, int]],
+    ended: float,
+    quiet: list[tuple[float, float]],
+    asked: argparse.Namespace,
+) -> dict[str, Any]:
     ledger = read_jsonl(run / "ledger.jsonl")
     for number, line in enumerate(ledger):
         taken = [s for spans in line["samples"].values() for a, b in spans for s in range(a, b)]
         assert line["step"] == number + 1, "a step was committed twice, or left out"
         assert sorted(taken) == list(range(number * SEQUENCES, (number + 1) * SEQUENCES)), line
-    first = killed[0][0]
-    before = [
-        line["time"] for line in ledger if line["time"] < first and len(line["samples"]) == asked.groups
-    ]
-    before = before[5:]
-    step_s = (before[-1] - before[0]) / (len(before) - 1)
+    step_s = []
+    for begin, end in quiet:
+        times = [line["time"] for line in ledger if begin <= line["time"] < end]
+        step_s.append((times[-1] - times[0]) / (len(times) - 1))
     kills = []
     for when, group in killed:
         after = [line for line in ledger if line["time"] > when]
@@ -161,18 +258,16 @@ def evaluate(run: Path, killed: list[tuple[float, int]], asked: argparse.Namespa
             (x["time"] for x in after if x["time"] > without["time"] and str(group) in x["samples"]), None
         )
         kills.append(Kill(when, group, without["time"] - when, back and back - when))
-    under = [line for line in ledger if line["time"] >= first]
-    goodput = len(under) * step_s / (ledger[-1]["time"] - first)
-    events = read_jsonl(run / "events.jsonl")
-    aborted = sum(event["event"] == "regrouped" and event["aborted"] for event in events)
-    ended = sum(event["event"] == "group-ended" for event in events)
+    first = killed[0][0]
+    under = sum(first <= line["time"] < ended for line in ledger)
+    events = [e for e in read_jsonl(run / "events.jsonl") if first <= e["time"] < ended]
     return {
         "groups": asked.groups,
         "kill_every_s": asked.kill_every,
-        "step_s": step_s,
-        "goodput": goodput,
-        "aborted": aborted,
-        "groups_ended": ended,
+        "undisturbed_step_s": step_s,
+        "goodput": under * statistics.mean(step_s) / (ended - first),
+        "aborted": sum(event["event"] == "regrouped" and event["aborted"] for event in events),
+        "groups_ended": sum(event["event"] == "group-ended" for event in events),
         "kills": [asdict(kill) for kill in kills],
     }
 

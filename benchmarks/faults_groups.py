@@ -6,10 +6,10 @@
 seconds, undisturbed again, then with a group stopped by SIGSTOP, and in the end SIGTERM to the command. The ledger
 tells what was committed when and by whom; it is audited: every sample of every step once.
 
-Goodput is the steps (all of the same size) committed between the first kill and the end of that part, whatever happens
-in it, times the undisturbed time of a step, over the time that passed; the undisturbed time is the mean of the
-stretches before and after, with all groups, because a shared machine is not equally fast all the time. Have no more
-groups than cores: else those that are left get the dead one's share of the machine, which flatters the figure.
+Goodput is the steps (all of the same size) committed from the first kill on, whatever happens in that part, over those
+of a run beside it that nobody disturbs, in the same seconds, because a shared machine is not equally fast all the time;
+that ratio is taken over the same one of the stretches before and after, in which nobody disturbs either. While a
+group is dead the other run gets some of its share of the machine, so the figure is rather too low than too high.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import json
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,7 +34,7 @@ import psutil
 from muster.observe.records import read_jsonl
 
 RUN_FILE = """
-name: groups
+name: {name}
 model: {{family: llama, layers: {layers}, width: {width}, heads: 4, context: {context}}}
 data: {{train: [{{files: "*.py"}}], held_out: 5%}}
 train: {{tokens: 1T, batch_tokens: {batch_tokens}, precision: fp32, log_every: 20}}
@@ -45,6 +44,10 @@ faults: {{elastic: true, hang_after: {hang_after}s}}
 """
 SEQUENCES = 12
 """Of a step: what two, three and four groups divide evenly."""
+
+
+Stretch = tuple[float, float]
+"""When it begins and ends."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,13 @@ def main() -> None:
     result |= {"cores": psutil.cpu_count(logical=False), "date": date.today().isoformat()}
     kills = [kill["next_step_s"] for kill in result["kills"]]
     back = [kill["back_s"] for kill in result["kills"] if kill["back_s"] is not None]
-    before, after = result["undisturbed_step_s"]
-    print(f"undisturbed step            {before:.3f} s before, {after:.3f} s after")
+    print(f"undisturbed step            {result['undisturbed_step_s']:.3f} s")
     print(f"kill -9 to a committed step {said(kills)} of {len(kills)}")
     print(f"until the group is back     {said(back)} of {len(back)}")
     print(f"steps dropped               {result['aborted']} for {len(kills)} kills")
-    print(f"goodput                     {result['goodput']:.1%}")
-    print(f"SIGSTOP to a committed step {result['hang_s']:.1f} s, hang_after {asked.hang_after:g} s")
+    print(f"goodput                     {result['goodput']:.1%} ({result['steps']} steps)")
+    print(f"SIGSTOP to its report       {result['named_s']:.1f} s, hang_after {asked.hang_after:g} s")
+    print(f"SIGSTOP to a committed step {result['hang_s']:.1f} s")
     print(f"                            {result['hang_said']}")
     print(f"SIGTERM to exit {result['exit_code']}          {result['stop_s']:.1f} s: {result['stop_said']}")
     if asked.json:
@@ -112,31 +115,18 @@ def measure(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
         (folder / f"{number}.py").write_text("".join(lines))
     context = 32 if asked.short else 128
     sizes = {"layers": 2 if asked.short else 4, "width": asked.width, "context": context}
-    text = RUN_FILE.format(
-        groups=asked.groups,
-        batch_tokens=SEQUENCES * context,
-        hang_after=f"{asked.hang_after:g}",
-        **sizes,
-    )
-    (folder / "run.yaml").write_text(text)
-    run = folder / "runs" / "groups"
-    said = folder / "said"
-    with said.open("w") as file:
-        agent = subprocess.Popen(
-            [sys.executable, "-m", "muster", "train", "run.yaml"],
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
+    runs = {name: folder / "runs" / name for name in ("groups", "control")}
+    agents = {name: start(folder, name, asked, sizes) for name in runs}
     try:
-        found = story(agent, run, said, asked)
+        found = story(agents, runs, folder / "groups.said", asked)
     except AssertionError:
-        sys.stderr.write(said.read_text()[-4000:])
+        sys.stderr.write((folder / "groups.said").read_text()[-4000:])
         raise
     finally:
-        agent.kill()
-        agent.wait()
+        for agent in agents.values():
+            agent.kill()
+            agent.wait()
+    run = runs["groups"]
     gone = time.monotonic() + 10
     while any(psutil.pid_exists(pid) for pid in pids(run)) and time.monotonic() < gone:
         time.sleep(0.1)
@@ -146,10 +136,35 @@ def measure(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def story(agent: subprocess.Popen[bytes], run: Path, said: Path, asked: argparse.Namespace) -> dict[str, Any]:
+def start(
+    folder: Path, name: str, asked: argparse.Namespace, sizes: dict[str, int]
+) -> subprocess.Popen[bytes]:
+    text = RUN_FILE.format(
+        name=name,
+        groups=asked.groups,
+        batch_tokens=SEQUENCES * sizes["context"],
+        hang_after=f"{asked.hang_after:g}",
+        **sizes,
+    )
+    (folder / f"{name}.yaml").write_text(text)
+    with (folder / f"{name}.said").open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "muster", "train", f"{name}.yaml"],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def story(
+    agents: dict[str, subprocess.Popen[bytes]], runs: dict[str, Path], said: Path, asked: argparse.Namespace
+) -> dict[str, Any]:
     """All that is done to a run, in order, and what came of it."""
     chance = random.Random(asked.seed)
-    all_there(agent, run, asked.groups)
+    agent, run = agents["groups"], runs["groups"]
+    for name in runs:
+        all_there(agents[name], runs[name], asked.groups)
     began = time.time()
     wait(agent, asked.undisturbed)
     killed = list(kill_groups(agent, run, asked, chance))
@@ -158,8 +173,9 @@ def story(agent: subprocess.Popen[bytes], run: Path, said: Path, asked: argparse
     again = time.time()
     wait(agent, asked.undisturbed)
     quiet = [(began, killed[0][0]), (again, time.time())]
-    found = evaluate(run, killed, ended, quiet, asked) | stop_a_group(agent, run, asked, chance)
-    return found | stop_all(agent, run, said)
+    found = evaluate(runs, killed, ended, quiet, asked)
+    agents["control"].kill()
+    return found | stop_a_group(agent, run, asked, chance) | stop_all(agent, run, said)
 
 
 def all_there(agent: subprocess.Popen[bytes], run: Path, groups: int) -> None:
@@ -205,7 +221,12 @@ def stop_a_group(
     ended = [e for e in read_jsonl(run / "events.jsonl") if e["event"] == "group-ended"][-1]
     reports = sorted(run.glob("hang-*.md"))
     named = ended["group"] == group and "rank 0 was stopped" in ended["message"] and bool(reports)
-    return {"hang_s": without[0] - stopped, "hang_named": named, "hang_said": ended["message"]}
+    return {
+        "hang_s": without[0] - stopped,
+        "named_s": ended["time"] - stopped,
+        "hang_named": named,
+        "hang_said": ended["message"],
+    }
 
 
 def stop_all(agent: subprocess.Popen[bytes], run: Path, said: Path) -> dict[str, Any]:
@@ -235,21 +256,17 @@ def wait(agent: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def evaluate(
-    run: Path,
+    runs: dict[str, Path],
     killed: list[tuple[float, int]],
     ended: float,
-    quiet: list[tuple[float, float]],
+    quiet: list[Stretch],
     asked: argparse.Namespace,
 ) -> dict[str, Any]:
-    ledger = read_jsonl(run / "ledger.jsonl")
+    ledger, control = (read_jsonl(runs[name] / "ledger.jsonl") for name in ("groups", "control"))
     for number, line in enumerate(ledger):
         taken = [s for spans in line["samples"].values() for a, b in spans for s in range(a, b)]
         assert line["step"] == number + 1, "a step was committed twice, or left out"
         assert sorted(taken) == list(range(number * SEQUENCES, (number + 1) * SEQUENCES)), line
-    step_s = []
-    for begin, end in quiet:
-        times = [line["time"] for line in ledger if begin <= line["time"] < end]
-        step_s.append((times[-1] - times[0]) / (len(times) - 1))
     kills = []
     for when, group in killed:
         after = [line for line in ledger if line["time"] > when]
@@ -258,18 +275,33 @@ def evaluate(
             (x["time"] for x in after if x["time"] > without["time"] and str(group) in x["samples"]), None
         )
         kills.append(Kill(when, group, without["time"] - when, back and back - when))
-    first = killed[0][0]
-    under = sum(first <= line["time"] < ended for line in ledger)
-    events = [e for e in read_jsonl(run / "events.jsonl") if first <= e["time"] < ended]
+    disturbed = [(killed[0][0], ended)]
+    beside, before_and_after = (
+        rate(ledger, stretches) / rate(control, stretches) for stretches in (disturbed, quiet)
+    )
+    events = [e for e in read_jsonl(runs["groups"] / "events.jsonl") if killed[0][0] <= e["time"] < ended]
     return {
         "groups": asked.groups,
         "kill_every_s": asked.kill_every,
-        "undisturbed_step_s": step_s,
-        "goodput": under * statistics.mean(step_s) / (ended - first),
+        "undisturbed_step_s": 1 / rate(ledger, quiet),
+        "goodput": beside / before_and_after,
+        "steps": sum(killed[0][0] <= line["time"] < ended for line in ledger),
         "aborted": sum(event["event"] == "regrouped" and event["aborted"] for event in events),
         "groups_ended": sum(event["event"] == "group-ended" for event in events),
         "kills": [asdict(kill) for kill in kills],
     }
+
+
+def rate(ledger: list[dict[str, Any]], stretches: list[Stretch]) -> float:
+    """Committed steps a second; between the last step before a stretch and the last in it, so that no part of a step
+    is counted for a whole one."""
+    steps, seconds = 0, 0.0
+    for begin, end in stretches:
+        inside = [line["time"] for line in ledger if begin <= line["time"] < end]
+        first = max((line["time"] for line in ledger if line["time"] < begin), default=inside[0])
+        steps += len(inside) - (first == inside[0])
+        seconds += inside[-1] - first
+    return steps / seconds
 
 
 def newest_pids(run: Path) -> dict[int, list[int]]:

@@ -135,7 +135,9 @@ def _rank(
 def _imperil(folder: Path, perils: Sequence[Peril], groups: int) -> None:
     """Patch this process: to die at its moments, to note checksums, and to wait for who is missing."""
     from muster.resilience import between
+    from muster.train.group_rounds import MeetingGroups
     from muster.train.groups import GroupTraining
+    from muster.train.rounds import local
     from muster.train.trainee import Trainee
 
     group, rank = int(os.environ[GROUP]), int(os.environ["RANK"])
@@ -169,8 +171,17 @@ def _imperil(folder: Path, perils: Sequence[Peril], groups: int) -> None:
 
         setattr(owner, name, wrapped)
 
+    def first(owner: Any, name: str, call: Callable[[Any], None]) -> None:
+        honest = getattr(owner, name)
+
+        def both(self: Any) -> None:
+            call(self)
+            honest(self)
+
+        setattr(owner, name, both)
+
     accumulate, send, enter = Trainee.accumulate, between.Between._send, between.Between.enter
-    parts, update = between._parts, GroupTraining._take_step
+    parts = between._parts
 
     def accumulate_there(self: Any, step: int, *rest: Any) -> Any:
         now["step"] = step + 1
@@ -204,7 +215,7 @@ def _imperil(folder: Path, perils: Sequence[Peril], groups: int) -> None:
         enter(self, load)
         (folder / f"ready-{group}").unlink(missing_ok=True)
 
-    def update_there(self: Any) -> Any:
+    def wait_there(self: Any) -> None:
         missing = set(range(groups)) - set(self.between.members) if not failing else ()
         deadline = time.monotonic() + 15
         while not all((folder / f"ready-{m}").exists() for m in missing) and time.monotonic() < deadline:
@@ -213,21 +224,26 @@ def _imperil(folder: Path, perils: Sequence[Peril], groups: int) -> None:
         deadline = time.monotonic() + 1
         while failing == {1} and not is_given_up() and time.monotonic() < deadline:
             time.sleep(0.02)
-        return update(self)
 
     def apply_there(self: Any, step: int, *rest: Any) -> Any:
         die("apply")
-        update = apply(self, step, *rest)
+        return apply(self, step, *rest)
+
+    def took_there(self: Any, update: Any, **named: Any) -> None:
+        took(self, update, **named)
+        shared = self.trainee.sync.state({})  # of groups that train apart, else all they hold
         value = 0
-        for tensor in self.shards():
-            value = zlib.crc32(tensor.detach().contiguous().numpy(), value)
-        line = f'{{"group": {group}, "rank": {rank}, "step": {step + 1}, "sum": {value}}}\n'
+        for tensor in shared.values() if shared else self.trainee.shards():
+            value = zlib.crc32(local(tensor.detach()).contiguous().numpy(), value)
+        line = f'{{"group": {group}, "rank": {rank}, "step": {self.step}, "sum": {value}}}\n'
         with (folder / "sums.jsonl").open("ab", buffering=0) as file:
             file.write(line.encode())
-        return update
 
-    apply = Trainee.apply
+    apply, took = Trainee.apply, GroupTraining._took
+    GroupTraining._took = took_there  # type: ignore[method-assign]
     Trainee.accumulate, Trainee.apply = accumulate_there, apply_there  # type: ignore[assignment, method-assign]
     between.Between._send, between.Between.enter = send_there, enter_there  # type: ignore[method-assign]
-    between._parts, GroupTraining._take_step = parts_there, update_there  # type: ignore[assignment, method-assign]
+    between._parts = parts_there  # type: ignore[assignment, method-assign]
     before(between.Between, "send", "hand")
+    for loop in (GroupTraining, MeetingGroups):
+        first(loop, "_take_step", wait_there)

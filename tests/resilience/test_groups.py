@@ -10,6 +10,7 @@ import pytest
 from muster.config.load import load_resolved
 from muster.errors import ConfigError
 from muster.observe.records import read_jsonl
+from muster.resilience.ledger import LEDGER
 from muster.train.entry import check
 from tests.resilience.perils import Peril, audit, train_groups
 from tests.toy import tiny, train_here, write_corpus
@@ -81,6 +82,29 @@ def test_groups_of_two_ranks(layout: dict[str, Any], corpus: Path, run_ranks: An
     train_groups(run, corpus, tmp_path / "groups", perils=perils)
     audit(tmp_path / "groups", 6, 8, perils)
     same_as_undisturbed(run, corpus, tmp_path, run_ranks, perils)
+
+
+@pytest.mark.parametrize("kind", ["diloco", pytest.param("local_sgd", marks=pytest.mark.long)])
+def test_groups_that_train_apart(kind: str, corpus: Path, run_ranks: Any, tmp_path: Path) -> None:
+    """As plain copies do; and with a death in the middle of a round, which the others finish without that group."""
+    run = elastic(15, replicate=2)
+    run["train"] = run["train"] | {"sync": {"kind": kind, "every": 3}, "eval_every": "3 steps"}
+    run_ranks(2, train_here, run | {"faults": {}}, str(corpus), str(tmp_path / "plain"))
+    train_groups(run, corpus, tmp_path / "groups")
+    expected, found = (
+        {key: value for key, value in losses(tmp_path / name).items() if key[1] == "held_out_loss"}
+        for name in ("plain", "groups")
+    )
+    assert expected == pytest.approx(found, rel=1e-5)
+    # Who comes back takes part from the next meeting on.
+    perils: list[Peril] = [(1, 2, "forward"), (0, 8, "forward")]
+    train_groups(run, corpus, tmp_path / "killed", perils=perils)
+    taken = [set(line["samples"]) for line in read_jsonl(tmp_path / "killed" / LEDGER)]
+    assert taken == [{"0"}, {"0"}, {"1"}, {"1"}, {"0", "1"}]
+    assert len(read_jsonl(tmp_path / "killed" / LEDGER)[-1]["samples"]["0"]) == 3 * 4
+    met = [r for r in read_jsonl(tmp_path / "killed" / "sums.jsonl") if r["step"] == 15]
+    assert len({record["group"] for record in met}) == 2
+    assert len({record["sum"] for record in met}) == 1
 
 
 @pytest.mark.parametrize(

@@ -371,10 +371,9 @@ class Run:
                 "faults.elastic: the groups are the copies of layout.replicate, of which there is no more than one: "
                 "write layout: {replicate: 2} or more"
             )
-        if self.train.sync is not None:
+        if self.train.sync is not None and (said := self.train.sync.unfit_for_groups):
             raise ValueError(
-                f"faults.elastic: groups sum their gradients every step, and train.sync.kind: {self.train.sync.kind} "
-                f"does not: remove one of them"
+                f"faults.elastic: groups that come and go cannot do with train.sync.{said}: remove one of them"
             )
         if self.layout.compress.gradients != "none":
             raise ValueError(

@@ -71,6 +71,15 @@ class Sync:
         return self.mix if self.mix is not None else 0.5 if self.overlap else 1.0
 
     @property
+    def unfit_for_groups(self) -> str:
+        """What of it does not go with replica groups that come and go; empty where all does."""
+        fit = {"fragments": 1, "overlap": 0, "mix": None, "compress": "none"}
+        said = [
+            f"{name}: {getattr(self, name)}" for name, value in fit.items() if getattr(self, name) != value
+        ]
+        return said[0] if self.is_local and said else "" if self.is_local else f"kind: {self.kind}"
+
+    @property
     def copies(self) -> float:
         """Size of what it keeps on a rank, in fp32 parameters of that rank: what is sent and what arrives, and under
         local training the anchor and its momentum."""

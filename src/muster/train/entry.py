@@ -33,6 +33,7 @@ from muster.resilience.watchdog import Watchdog
 from muster.train import oom
 from muster.train import plan as planning
 from muster.train.dealing import one_group, refuse_divisions
+from muster.train.group_rounds import MeetingGroups
 from muster.train.groups import GroupTraining
 from muster.train.loop import train
 from muster.train.plan import Plan
@@ -215,9 +216,10 @@ def _run_rank_of_group(run: schema.Run, *, base: Path, folder: Path, lifeline: L
             "faults.elastic starts its groups of ranks itself: run `muster train`, without torchrun"
         )
     with join() as world:
-        plan = one_group(planning.make(run, base=base, folder=folder, gpus=torch.cuda.device_count()))
+        plan = planning.make(run, base=base, folder=folder, gpus=torch.cuda.device_count())
+        kind = GroupTraining if run.train.sync is None else MeetingGroups
         with (
             contextlib.closing(Between.connect(world.rank, run.faults.timeouts, lifeline.beat)) as between,
             Report(plan, world, speaks=False) as report,
         ):
-            GroupTraining(plan, world, report, between, lifeline).run()
+            kind(one_group(plan), world, report, between, lifeline).run()

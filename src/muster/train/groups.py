@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from muster.checkpoint import shelf
+from muster.comm.averager import Averager
 from muster.data.sampler import Sampler
 from muster.errors import Preempted
 from muster.parallel.world import World
@@ -30,7 +31,7 @@ from muster.train.dealing import sample_ranges, turns_of
 from muster.train.evaluate import BrokenOff, Evaluation
 from muster.train.plan import Plan
 from muster.train.report import Report
-from muster.train.trainee import Trainee
+from muster.train.trainee import Trainee, Update
 
 Compute = Callable[[], tuple[list[Tensor], Any]]
 """This group's part of a sum, and its note for the ledger; computed anew for each division of the work."""
@@ -48,11 +49,18 @@ class Next(IntEnum):
 
 class GroupTraining:
     def __init__(
-        self, plan: Plan, world: World, report: Report, between: Between, lifeline: Lifeline
+        self,
+        plan: Plan,
+        world: World,
+        report: Report,
+        between: Between,
+        lifeline: Lifeline,
+        *,
+        averager: Averager | None = None,
     ) -> None:
-        """`plan` is that of one group (`dealing.one_group`)."""
+        """`plan` is that of one group (`dealing.one_group`); `averager` that of groups that train apart."""
         self.plan, self.world, self.report, self.between = plan, world, report, between
-        self.lifeline, self.trainee = lifeline, Trainee(plan, world, lifeline.beat)
+        self.lifeline, self.trainee = lifeline, Trainee(plan, world, lifeline.beat, averager)
         self.step, self.next = 0, Next.STEP
         self._sampler = Sampler(plan.corpus, plan.sequence, plan.run.train.seed)
         self._evaluation_due = Alarm(plan.run.train.eval_every if plan.corpus.held_out else None)
@@ -127,7 +135,7 @@ class GroupTraining:
             load = trainee.model.take_load()
             small = torch.tensor([summed, tokens, evaluate, stop], dtype=torch.float64)
             counts = [] if load is None else [load]
-            note = {"step": step + 1, "samples": _spans(ranges) if reads else []}
+            note = {"step": step + 1, "samples": spans(ranges) if reads else []}
             return [small, *counts, *gradients.shards(named)], note
 
         small, *_ = self._agree(compute)
@@ -139,19 +147,23 @@ class GroupTraining:
         except BadStep as bad:
             self._recover(bad)
         else:
-            self.step += 1
-            self.lifeline.reached(self.step)
-            self.report.step(self.step, update)
-            if trainee.guard.checks_copies(self.step):
-                trainee.check_copies(self.step)
-            if self.step == self.plan.steps:
-                self.next = self._after_the_last()
-            elif evaluate:
-                self.next = Next.EVALUATE
-            if self.step % 100 == 0:
-                gc.collect(1)
+            self._took(update, evaluates=bool(evaluate))
         if stop:
             self.next = Next.LEAVE
+
+    def _took(self, update: Update, *, evaluates: bool = False) -> None:
+        """What follows a step that was applied."""
+        self.step += 1
+        self.lifeline.reached(self.step)
+        self.report.step(self.step, update)
+        if self.trainee.guard.checks_copies(self.step):
+            self.trainee.check_copies(self.step)
+        if self.step == self.plan.steps:
+            self.next = self._after_the_last()
+        elif evaluates:
+            self.next = Next.EVALUATE
+        if self.step % 100 == 0:
+            gc.collect(1)
 
     def _recover(self, bad: BadStep) -> None:
         """All groups have refused the same step, because they judge the same sums."""
@@ -273,6 +285,7 @@ class GroupTraining:
         self.between.confirm()
         self.step, self.next = int(place[0]), Next(int(place[1]))
         self.trainee.guard.restore(json.loads(guard.numpy().tobytes()))
+        self.trainee.sync.loaded(self.step)
         self.trainee.optimizer.set_steps(self.step)
 
     def _samples(self, step: int) -> list[range]:
@@ -281,7 +294,7 @@ class GroupTraining:
         return list(sample_ranges(self.plan, batch, self.trainee.mesh.data_index, turns))
 
 
-def _spans(ranges: Iterable[range]) -> list[list[int]]:
+def spans(ranges: Iterable[range]) -> list[list[int]]:
     return [[samples.start, samples.stop] for samples in ranges]
 
 

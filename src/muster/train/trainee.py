@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from muster.checkpoint.state import WEIGHTS, read_shards
+from muster.comm.averager import Averager
 from muster.comm.meter import Meter
 from muster.data.dataset import Corpus
 from muster.data.evaluation import EvaluationBatches
@@ -68,7 +69,10 @@ class Update:
 
 class Trainee:
     @explained
-    def __init__(self, plan: Training, world: World, beat: Beat | None = None) -> None:
+    def __init__(
+        self, plan: Training, world: World, beat: Beat | None = None, averager: Averager | None = None
+    ) -> None:
+        """`averager` as for `make_sync`."""
         self.plan, self.world = plan, world
         self.beat = beat or Beat()
         self.before_change: Callable[[], None] | None = None
@@ -100,6 +104,7 @@ class Trainee:
             dict(self.model.named_buffers()),
             last=plan.steps,
             told_every=plan.run.train.log_every,
+            averager=averager,
         )
 
     @explained
@@ -245,7 +250,8 @@ class Trainee:
 
     def shards(self) -> list[Tensor]:
         """Everything that training changes, as this rank's plain tensors: what another copy of it is filled from."""
-        return [t.to_local() if isinstance(t, DTensor) else t for t in self._own().values()]
+        held = self.sync.state(self._own()).values()
+        return [t.to_local() if isinstance(t, DTensor) else t for t in held]
 
     def _own(self) -> dict[str, Tensor]:
         weights = {WEIGHTS + name: parameter.data for name, parameter in self.model.named_parameters()}

@@ -101,10 +101,26 @@ def test_groups_that_train_apart(kind: str, corpus: Path, run_ranks: Any, tmp_pa
     train_groups(run, corpus, tmp_path / "killed", perils=perils)
     taken = [set(line["samples"]) for line in read_jsonl(tmp_path / "killed" / LEDGER)]
     assert taken == [{"0"}, {"0"}, {"1"}, {"1"}, {"0", "1"}]
-    assert len(read_jsonl(tmp_path / "killed" / LEDGER)[-1]["samples"]["0"]) == 3 * 4
+    spans = read_jsonl(tmp_path / "killed" / LEDGER)[-1]["samples"]["0"]
+    assert sum(stop - start for start, stop in spans) == 3 * 4
     met = [r for r in read_jsonl(tmp_path / "killed" / "sums.jsonl") if r["step"] == 15]
     assert len({record["group"] for record in met}) == 2
     assert len({record["sum"] for record in met}) == 1
+
+
+@pytest.mark.parametrize(
+    ("sync", "said"),
+    [
+        ({"kind": "delayed"}, "train.sync.kind: delayed"),
+        ({"kind": "diloco", "every": 4, "fragments": 2}, "train.sync.fragments: 2"),
+        ({"kind": "diloco", "compress": "int8"}, "train.sync.compress: int8"),
+    ],
+)
+def test_how_groups_cannot_train_apart(sync: dict[str, Any], said: str) -> None:
+    run = elastic(6, replicate=2)
+    run["train"] = run["train"] | {"sync": sync}
+    with pytest.raises(ConfigError, match=said):
+        load_resolved(run)
 
 
 @pytest.mark.parametrize(

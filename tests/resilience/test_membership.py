@@ -314,6 +314,14 @@ def test_one_that_has_not_does_not_start_over() -> None:
     assert [type(action) for action in machine.gone(52, 0)] == [Lost]
 
 
+def test_who_is_given_up_is_not_waited_for_at_the_start() -> None:
+    machine = Membership(2, 1, TIMEOUTS, 0.0)
+    machine.hello(0, 0, 0)
+    assert machine.loaded(1, 0, 0) == []
+    machine.gone(2, 1)
+    assert decision(machine.given_up(2)).view.members == (0,)
+
+
 def test_a_vote_of_a_dropped_round_does_not_count() -> None:
     machine = two_groups_with_a_newcomer()
     machine.holds(1, 0, epoch=2)

@@ -328,6 +328,7 @@ class _Life:
         if given_up:
             last = f"{last}; {group} is not started again{f': {verdict.why}' if verdict.why else ''}"
             self._log.event("group-given-up", message=last, group=group.index)
+            self._coordinator.given_up()
         self._say(last)
         if all(each.not_before is None and each.ranks is None for each in self._groups):
             self._lose("no group is left")

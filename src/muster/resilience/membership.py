@@ -171,6 +171,11 @@ class Membership:
             return self._regroup(self.view, {group})
         return []
 
+    def given_up(self, now: float) -> list[Action]:
+        """A group that is not here will not come (again): one less to wait for at the start."""
+        self._groups -= 1
+        return [] if self.done or self.lost else self._form(now)
+
     def tick(self, now: float) -> list[Action]:
         """Time has passed."""
         view = self.view
@@ -214,7 +219,7 @@ class Membership:
 
     def _form(self, now: float) -> list[Action]:
         """The first view, when all are there or those that are have waited long enough."""
-        full = len(self._waiting) == self._groups or now >= self._begun + self._timeouts.quorum
+        full = len(self._waiting) >= self._groups or now >= self._begun + self._timeouts.quorum
         if self.view is not None or not self._is_loaded() or not full or self.lost:
             return []
         assert self._loader is not None

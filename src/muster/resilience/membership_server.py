@@ -62,6 +62,10 @@ class Coordinator:
             self._drop(wire)
         self._do(self.membership.gone(time.monotonic(), group))
 
+    def given_up(self) -> None:
+        """A group that has gone will not be started again."""
+        self._do(self.membership.given_up(time.monotonic()))
+
     def close(self) -> None:
         for key in list(self._selector.get_map().values()):
             if isinstance(key.fileobj, Wire | socket.socket):

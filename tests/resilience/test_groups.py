@@ -113,7 +113,7 @@ def test_groups_that_train_apart(kind: str, corpus: Path, run_ranks: Any, tmp_pa
     [
         ({"kind": "delayed"}, "train.sync.kind: delayed"),
         ({"kind": "diloco", "every": 4, "fragments": 2}, "train.sync.fragments: 2"),
-        ({"kind": "diloco", "compress": "int8"}, "train.sync.compress: int8"),
+        ({"kind": "diloco", "every": 3, "compress": "int8"}, "train.sync.compress: int8"),
     ],
 )
 def test_how_groups_cannot_train_apart(sync: dict[str, Any], said: str) -> None:

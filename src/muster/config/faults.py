@@ -44,8 +44,9 @@ class Faults:
     elastic: Flag = False
     """Each of the layout.replicate copies is a group of ranks that can die and come back while the others go on:
     a step that loses a group is dropped and done again by those that are left, and a group that returns takes the
-    state from one of them. Under train.sync (local_sgd or diloco, without fragments, overlap, mix and compress) groups
-    meet every so many steps: what one that dies has learnt since they met is lost, and the others keep theirs."""
+    state from one of them. Under train.sync (local_sgd or diloco, without warmup, fragments, overlap, mix and compress)
+    groups meet every so many steps: what one that dies has learnt since they met is lost, and the others keep
+    theirs."""
     timeouts: Timeouts = Field(default_factory=Timeouts)
     restarts: Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)] = 10
     """Restarts in a row without a newly committed checkpoint; each new one makes the budget whole again. Under elastic

@@ -73,7 +73,7 @@ class Sync:
     @property
     def unfit_for_groups(self) -> str:
         """What of it does not go with replica groups that come and go; empty where all does."""
-        fit = {"fragments": 1, "overlap": 0, "mix": None, "compress": "none"}
+        fit = {"warmup": 0.0, "fragments": 1, "overlap": 0, "mix": None, "compress": "none"}
         said = [
             f"{name}: {getattr(self, name)}" for name, value in fit.items() if getattr(self, name) != value
         ]

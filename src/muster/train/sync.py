@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor, nn
 
 from muster.checkpoint import manifest
-from muster.comm.averager import GroupAverager
+from muster.comm.averager import Averager, GroupAverager
 from muster.config import schema
 from muster.parallel.mesh import Mesh
 from muster.parallel.world import World
@@ -75,15 +75,23 @@ def make_sync(
     *,
     last: int,
     told_every: int,
+    averager: Averager | None = None,
 ) -> Sync:
-    """What `config` asks for, in a run of `last` steps whose figures are told every `told_every`."""
+    """What `config` asks for, in a run of `last` steps whose figures are told every `told_every`.
+
+    `averager` replaces those over the mesh's axis `replicate`.
+    """
     if config is None:
         return EveryStep(world)
-    group, in_background = mesh.copies_group(), config.kind == "delayed" or config.overlap > 0
-    of_gradients = GroupAverager(group, config.compress_gradients, in_background=in_background)
+    of_gradients = of_changes = averager
+    if averager is None:
+        group, in_background = mesh.copies_group(), config.kind == "delayed" or config.overlap > 0
+        of_gradients = GroupAverager(group, config.compress_gradients, in_background=in_background)
+        of_changes = GroupAverager(group, config.compress, in_background=in_background)
+    assert of_gradients is not None
+    assert of_changes is not None
     if config.kind == "delayed":
         return Delayed(world, DelayedGradients(parameters, of_gradients), mesh.layout.replicate)
-    of_changes = GroupAverager(group, config.compress, in_background=in_background)
     rounds = Rounds(parameters, buffers, config, of_changes, last=last)
     gradients = MeanGradients(parameters, of_gradients)
     warmup = config.warmup_steps(last)

@@ -39,7 +39,7 @@ def write_file(pieces: Iterable[bytes | memoryview], size: int, folder: Path, ra
 
     What was refused is removed, and why is left in a note for the first rank (`refusals`).
     """
-    path = folder / _file(rank)
+    path = folder / file_of(rank)
     try:
         summed = write_summed(path, pieces)
         _note(folder, rank).write_text(
@@ -79,7 +79,7 @@ def collect_sums(folder: Path, world_size: int) -> dict[str, FileSum]:
     sums = {}
     for rank in range(world_size):
         note = _note(folder, rank)
-        sums[_file(rank)] = FileSum(**json.loads(note.read_bytes()))
+        sums[file_of(rank)] = FileSum(**json.loads(note.read_bytes()))
         note.unlink()
     return sums
 
@@ -96,7 +96,8 @@ def read_shards(state: State, folder: Path) -> None:
         raise CheckpointError(f"{folder} does not hold the state of this model: {error}") from error
 
 
-def _file(rank: int) -> str:
+def file_of(rank: int) -> str:
+    """Name of a rank's file in the folder of a checkpoint."""
     return f"rank-{rank:05d}.safetensors"
 
 

@@ -17,7 +17,16 @@ from muster.config.faults import Faults as Faults
 from muster.config.fields import STRICT, Flag, ListOrText, Number, Positive, SectionOrWord
 from muster.config.layout import Layout as Layout
 from muster.config.sync import Sync as Sync
-from muster.config.units import Every, Fraction, Interval, IntervalOrAuto, Seconds, Steps, Tokens
+from muster.config.units import (
+    Every,
+    Fraction,
+    Interval,
+    IntervalAutoOrNone,
+    IntervalOrAuto,
+    Seconds,
+    Steps,
+    Tokens,
+)
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "qwen3_moe", "dots1"]
 SPARSE = ("mixtral", "qwen3_moe", "dots1")
@@ -284,6 +293,12 @@ class Checkpoint:
     """Of each so many steps (`1000 steps`), the first checkpoint is kept for good."""
     keep_best: Flag = False
     """A state with the lowest held-out loss so far is saved when it is found (see `train.eval_every`), and kept."""
+    memory: IntervalAutoOrNone = "auto"
+    """Interval between copies in host memory (`20 steps`, `10s`), which outlive ranks and which these restart from
+    without the disk; auto: from what a copy costs and how often the run fails; none: no copies. Needs room for two
+    in /dev/shm."""
+    replicas: Annotated[int, Field(ge=0, le=8, strict=True)] = 1
+    """Further nodes that keep each of those copies, so that it outlives its node too; as far as there are so many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

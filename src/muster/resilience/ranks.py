@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,8 @@ class Ranks:
     """Folder for the output of all ranks but the first of the world, which keeps the terminal."""
     watchdog: Watchdog | None = None
     """Watches while they run; its verdict explains their end."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What they are told beside their place."""
     _notes: Path = field(init=False)
     _asked: list[int] = field(init=False)
     _killed: set[int] = field(default_factory=set, init=False)
@@ -247,6 +249,7 @@ class Ranks:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": str(place.attempt),
             **({} if self.watchdog is None else self.watchdog.environment),
+            **self.environment,
             ERROR_FILE: str(self._notes / f"{local}.json"),
             STEP_FILE: str(self._step_file(local)),
         }

@@ -39,6 +39,7 @@ def recover(
     back = step
     if action == "rewind":
         saver.drain()
+        saver.replicas.drain()
         back = saves.resume(trainee, plan, world, report) or step  # no checkpoint yet: only skipped
     first = guard.batch_of(back)
     guard.withdraw(first, batch)

@@ -71,7 +71,7 @@ class Trainee:
     def __init__(self, plan: Training, world: World, beat: Beat | None = None) -> None:
         self.plan, self.world = plan, world
         self.beat = beat or Beat()
-        self.before_change: Callable[[], None] | None = None
+        self.before_change: list[Callable[[], None]] = []
         """Called once, before an update changes anything: who still reads the state is waited for."""
         self.mesh = Mesh(plan.layout, world.device)
         self.balance = balance_from_config(plan.run.train.balance, plan.spec)
@@ -133,9 +133,8 @@ class Trainee:
         `share` is this rank's of the summed loss.
         """
         self.beat.enter("optimizer")
-        if self.before_change is not None:
-            self.before_change()
-            self.before_change = None
+        while self.before_change:
+            self.before_change.pop()()
         self.sync.exchange()
         named, together = self.model.named_parameters(), self.mesh.together
         total, square = together.sum(share, gradients.squared_norm(named, self.mesh.copies_apart))

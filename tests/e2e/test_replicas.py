@@ -1,4 +1,4 @@
-"""State in the memory of nodes: whatever is killed, the run goes on from there with no checkpoint, and no bit differs."""
+"""State in the memory of nodes: whatever is killed, the run goes on from there, with no checkpoint and bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ranks find in memory after their death: the newest whole generation, each file sound or taken from a neighbour."""
+"""What ranks find in memory after their death: the newest whole generation, each file sound or its neighbour's."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def nodes(base: Path, count: int) -> Iterator[list[dict[str, Any]]]:
 def train(
     memory: list[dict[str, Any]], attempt: int, run: dict[str, Any], base: str, folder: str, how: str = ""
 ) -> None:
-    """A rank of a node of its own, or of the one there is; as `how` says, the second dies after step 5 or earlier, while
-    it copies step 4 to its own memory or to its neighbour's."""
+    """A rank of a node of its own, or of the one there is; as `how` says, the second dies after step 5, or
+    while it copies step 4 to its own memory or to its neighbour's."""
     rank = int(os.environ["RANK"])
     node = min(rank, len(memory) - 1)
     if len(memory) > 1:
@@ -124,7 +124,7 @@ def die(how: str, *, last: bool) -> None:
 
 
 def killed(run_ranks: Any, *arguments: Any) -> None:
-    with pytest.raises(RuntimeError, match="rank . (died|failed)"):
+    with pytest.raises(RuntimeError, match=r"rank . (died|failed)"):
         run_ranks(2, train, *arguments)
 
 

@@ -91,11 +91,17 @@ def die(how: str, *, last: bool) -> None:
     from muster.train.replicas import Replicas
     from muster.train.trainee import Trainee
 
-    honest_update, honest_after = Trainee.update, Replicas.after
+    honest_update, honest_votes, honest_after = Trainee.update, Replicas.votes, Replicas.after
 
-    def after(replicas: Replicas, *arguments: Any) -> None:
-        replicas._work.wait()  # so that a refresh is over at the exchange that follows, however fast steps are
-        honest_after(replicas, *arguments)
+    # A refresh is over at the exchange that follows it, and committed before the next step, however fast steps are.
+    def votes(replicas: Replicas, step: int) -> Any:
+        replicas._work.wait()
+        return honest_votes(replicas, step)
+
+    def after(replicas: Replicas, step: int, votes: Any) -> None:
+        honest_after(replicas, step, votes)
+        if step == 5:
+            replicas._work.wait()
 
     def update(trainee: Trainee, step: int, *arguments: Any, **more: Any) -> Any:
         if step == 5 and last:
@@ -116,7 +122,8 @@ def die(how: str, *, last: bool) -> None:
         return put
 
     if how == "after":
-        Replicas.after, Trainee.update = after, update  # type: ignore[method-assign]
+        Replicas.votes, Replicas.after = votes, after  # type: ignore[method-assign]
+        Trainee.update = update  # type: ignore[method-assign]
     elif how == "own":
         memory.Held.put = put(memory.Held.put, 1)  # type: ignore[method-assign]
     else:
@@ -166,7 +173,7 @@ def test_a_flipped_bit_is_found_and_named(
     (named,) = events(folder, "memory-damaged")
     assert resumed["step"] == back_to
     assert (resumed["source"] == "memory") == (every == NEVER)  # whichever is newer
-    assert named["message"].startswith(f"{path}: ")
+    assert named["message"].startswith(f"{path} does not match")
     assert "flipped bits" in named["message"]
     assert losses(folder) == straight
 
@@ -216,6 +223,20 @@ def test_another_layout_goes_on_from_memory(corpus: Path, run_ranks: Any, tmp_pa
         run_ranks(2, train, memory[:1], 2, run, str(corpus), str(folder))
     (resumed,) = events(folder, "resumed")
     assert (resumed["step"], resumed["source"]) == (4, "memory")
+
+
+def test_copies_that_train_apart_go_on_from_memory(corpus: Path, run_ranks: Any, tmp_path: Path) -> None:
+    run = a_run() | {"layout": {"replicate": 2}}
+    run["train"] = run["train"] | {"sync": {"kind": "diloco", "every": 2}}
+    run["checkpoint"] = run["checkpoint"] | {"memory": "1 steps"}
+    run_ranks(2, train_here, run, str(corpus), str(tmp_path / "straight"))
+    folder = tmp_path / "run"
+    with nodes(tmp_path / "memory", 2) as memory:
+        killed(run_ranks, memory, 1, run, str(corpus), str(folder), "after")
+        run_ranks(2, train, memory, 2, run, str(corpus), str(folder))
+    (resumed,) = events(folder, "resumed")
+    assert resumed["source"] == "memory"
+    assert losses(folder) == losses(tmp_path / "straight")
 
 
 def test_no_room_is_said_once_and_the_run_goes_on(corpus: Path, run_ranks: Any, tmp_path: Path) -> None:

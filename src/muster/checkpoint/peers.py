@@ -22,6 +22,7 @@ from typing import Any
 
 from muster.checkpoint.manifest import FileSum, Manifest, parse, write_summed
 from muster.checkpoint.memory import Generation, Held
+from muster.checkpoint.snapshot import header_bytes
 
 ENVIRONMENT = "MUSTER_MEMORY"
 """Where a rank finds its node's memory and the others', as JSON."""
@@ -61,6 +62,13 @@ class Peer:
         """Copy a file of it to `target`; its sum as it arrived."""
         with self._asking({"do": "get", "generation": generation, "name": name}) as (answer, connection):
             return write_summed(target, _raw(connection, int(answer["bytes"])))
+
+    def head(self, generation: Generation, name: str, target: Path) -> None:
+        """A file at `target` with the header of that one and its size, but nothing in it, which takes no memory."""
+        request = {"do": "get", "generation": generation, "name": name, "head": True}
+        with self._asking(request) as (answer, connection):
+            write_summed(target, _raw(connection, int(answer["bytes"])))
+        os.truncate(target, int(answer["whole_bytes"]))
 
     def commit(self, generation: Generation, content: Manifest) -> None:
         with self._asking({"do": "commit", "generation": generation, "content": content.sealed().decode()}):
@@ -147,7 +155,8 @@ class Server:
         elif what == "put":
             self._take(generation, str(request["name"]), FileSum(**request["file"]), connection)
         elif what == "get":
-            self._give(self._held.file_of(generation, str(request["name"])), connection)
+            path = self._held.file_of(generation, str(request["name"]))
+            self._give(path, connection, head=bool(request.get("head")))
         elif what == "commit":
             self._held.commit(generation, parse(request["content"].encode(), "the request"))
             _send(connection, {})
@@ -161,10 +170,12 @@ class Server:
             raise OSError(f"{name} did not arrive as it was sent")
         _send(connection, {})
 
-    def _give(self, path: Path, connection: socket.socket) -> None:
+    def _give(self, path: Path, connection: socket.socket, *, head: bool) -> None:
         with path.open("rb") as file:
-            _send(connection, {"bytes": os.fstat(file.fileno()).st_size})
-            connection.sendfile(file)
+            whole = os.fstat(file.fileno()).st_size
+            count = min(header_bytes(file.read(8)), whole) if head else whole
+            _send(connection, {"bytes": count, "whole_bytes": whole})
+            connection.sendfile(file, 0, count)
 
 
 @dataclass(frozen=True, slots=True)

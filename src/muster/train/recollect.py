@@ -7,11 +7,14 @@ generation given up, for an older one or for a checkpoint on disk.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from muster.checkpoint.manifest import FileSum, Manifest, sum_file
 from muster.checkpoint.memory import Generation
@@ -20,8 +23,9 @@ from muster.checkpoint.state import file_of
 from muster.errors import MusterError
 from muster.parallel.world import World
 from muster.train.plan import Training
-from muster.train.replicas import tell
+from muster.train.replicas import all_say, tell
 from muster.train.report import Report
+from muster.train.trainee import Trainee
 
 _DEGREES = ("replicate", "shard", "context", "tensor", "pipeline")
 
@@ -63,23 +67,50 @@ class Recollection:
             tell(self._plan, self._world, self._report, "memory-incomplete", lacking)
         return found
 
-    def gather(self, generation: Generation) -> tuple[Path, Manifest | None]:
-        """All its files in one folder of this node's memory, checked byte by byte, and the manifest of them all; None
-        where one cannot be had.
+    def gather(self, generation: Generation, trainee: Trainee) -> tuple[Path, Manifest | None]:
+        """A folder in this node's memory that `trainee` can be restored from, and its manifest; None if it cannot.
 
-        All ranks of a node must call: each brings its part.
+        It has the headers of all files, and those files whole, checked byte by byte, that a rank of this node reads.
+        All ranks must call.
         """
         assert self._neighbours is not None
-        files = self._holders.get(generation, {})
-        folder = self._neighbours.own.root / f"view-{self._neighbours.attempt}" / self._view(generation)
-        folder.mkdir(parents=True, exist_ok=True)
-        rank, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        for name in sorted(files)[rank::ranks]:
-            if not any(self._bring(generation, name, holder, folder / name) for holder in files[name]):
-                return folder, None
-        content = self._contents.get(generation)
-        sums = {name: holders[0][1] for name, holders in files.items()}
-        return folder, None if content is None else replace(content, files=sums)
+        root, attempt = self._neighbours.own.root, self._neighbours.attempt
+        folder = root / f"view-{attempt}" / f"step-{generation.attempt}-{generation.step:08d}"
+        files, content = self._holders.get(generation, {}), self._contents.get(generation)
+        done = content is not None
+        if content is not None and os.environ["LOCAL_RANK"] == "0":
+            content = replace(content, files={name: holders[0][1] for name, holders in files.items()})
+            done = self._lay_out(generation, folder, content)
+        if not all_say(self._world, done):
+            return folder, None
+        sound = set()
+        for name in sorted(_read_by(trainee, folder, files)):
+            if _claim(folder, name) and not any(
+                self._bring(generation, name, holder, folder / name) for holder in files[name]
+            ):
+                done = False
+            sound.add(name)
+        # What was a header alone could have been planned by only if it was as it is in the whole file.
+        done = all_say(self._world, done) and _read_by(trainee, folder, files) <= sound
+        return folder, content if done else None
+
+    def _lay_out(self, generation: Generation, folder: Path, content: Manifest) -> bool:
+        """The files that are here, and of the others their headers."""
+        assert self._neighbours is not None
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            content.write(folder)
+            for name, holders in self._holders[generation].items():
+                peer, _ = holders[0]  # the own node comes first
+                if peer is None:
+                    os.link(self._neighbours.own.file_of(generation, name), folder / name)
+                else:
+                    peer.head(generation, name, folder / name)
+        except (OSError, MusterError) as error:
+            self._damaged(str(error))
+            return False
+        return True
 
     def settle(self, generation: Generation | None) -> None:
         """The ranks go on from this one, or from none: all others are of a past that was not. All ranks must call."""
@@ -102,25 +133,39 @@ class Recollection:
                 tell(self._plan, self._world, self._report, "memory-unreachable", f"{peer}: {error}")
 
     def _bring(self, generation: Generation, name: str, holder: Holder, target: Path) -> bool:
+        """Check a file that is here, or get it from where it is in place of its header."""
         assert self._neighbours is not None
         peer, expected = holder
-        source: object = peer
+        draft = target.with_suffix(".draft")
         try:
-            target.unlink(missing_ok=True)
-            if peer is None:
-                source = path = self._neighbours.own.file_of(generation, name)
-                os.link(path, target)
-                found = sum_file(target)
-            else:
-                found = peer.get(generation, name, target)
+            found = sum_file(target) if peer is None else peer.get(generation, name, draft)
+            if found == expected:
+                if peer is not None:
+                    draft.rename(target)
+                return True
+            wrong = "does not match its SHA-256 (flipped bits)"
         except (OSError, MusterError) as error:
             wrong = str(error)
-        else:
-            if found == expected:
-                return True
-            wrong = f"{name} does not match its SHA-256 (flipped bits)"
-        tell(self._plan, self._world, self._report, "memory-damaged", f"{source}: {wrong}")
+        path = self._neighbours.own.file_of(generation, name)
+        self._damaged(f"{path if peer is None else f'{name} of {peer}'} {wrong}")
         return False
 
-    def _view(self, generation: Generation) -> str:
-        return f"step-{generation.attempt}-{generation.step:08d}"
+    def _damaged(self, wrong: str) -> None:
+        tell(self._plan, self._world, self._report, "memory-damaged", wrong)
+
+
+def _read_by(trainee: Trainee, folder: Path, files: Iterable[str]) -> set[str]:
+    """What of these files this rank reads; all of them where a damaged header does not let it know."""
+    try:
+        return trainee.files_of(folder)
+    except (MusterError, OSError, SafetensorError):
+        return set(files)
+
+
+def _claim(folder: Path, name: str) -> bool:
+    """Whether this is the first rank of the node to ask for it."""
+    try:
+        (folder / f"{name}.claimed").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

@@ -55,7 +55,7 @@ def resume(trainee: Trainee, plan: Training, world: World, report: Report) -> in
             path = shelf.folder_of(folder, number - 1)
             content = _sound(path, world)
         else:
-            path, content = memory.gather(generation)
+            path, content = memory.gather(generation, trainee)
         (bad,) = world.sum(content is None)
         if content is not None and not bad:
             where = f"{path}" if generation is None else "memory"

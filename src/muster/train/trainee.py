@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from muster.checkpoint.state import WEIGHTS, read_shards
+from muster.checkpoint.state import WEIGHTS, files_needed, read_shards
 from muster.comm.meter import Meter
 from muster.data.dataset import Corpus
 from muster.data.evaluation import EvaluationBatches
@@ -226,11 +226,15 @@ class Trainee:
         self._read(folder, {name: tensor for name, tensor in own.items() if name.startswith(WEIGHTS)})
         self.sync.begin()
 
+    def files_of(self, folder: Path) -> set[str]:
+        """Names of the files of a checkpoint that `restore` would read on this rank."""
+        parts = _apart(self.sync.loading(self._own(), folder))
+        return set().union(*(files_needed(part, folder) for part in parts if part))
+
     def _read(self, folder: Path, chosen: Mapping[str, Tensor]) -> None:
-        read_shards({name: tensor for name, tensor in chosen.items() if _COPY not in name}, folder)
-        copies = {name.replace(_COPY, ""): tensor for name, tensor in chosen.items() if _COPY in name}
-        if copies:
-            read_shards(copies, folder)
+        for part in _apart(chosen):
+            if part:
+                read_shards(part, folder)
 
     def shards(self) -> list[Tensor]:
         """Everything that training changes, as this rank's plain tensors: what another copy of it is filled from."""
@@ -244,6 +248,12 @@ class Trainee:
 
     def _inputs(self, batch: Batch) -> Inputs:
         return to_inputs(batch, self.world.device, mask_documents=self.plan.run.data.mask_documents)
+
+
+def _apart(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Everything but second copies, and these by the names of the first ones."""
+    first = {name: tensor for name, tensor in state.items() if _COPY not in name}
+    return first, {name.replace(_COPY, ""): tensor for name, tensor in state.items() if _COPY in name}
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -121,8 +121,8 @@ def die(how: str, *, last: bool) -> None:
 
         return put
 
+    Replicas.votes, Replicas.after = votes, after  # type: ignore[method-assign]
     if how == "after":
-        Replicas.votes, Replicas.after = votes, after  # type: ignore[method-assign]
         Trainee.update = update  # type: ignore[method-assign]
     elif how == "own":
         memory.Held.put = put(memory.Held.put, 1)  # type: ignore[method-assign]

@@ -68,11 +68,19 @@ class Held:
         folder.mkdir(exist_ok=True)
         return folder
 
-    def put(self, generation: Generation, name: str, pieces: Iterable[bytes | memoryview]) -> FileSum:
-        """Take in one rank's file."""
+    def put(
+        self,
+        generation: Generation,
+        name: str,
+        pieces: Iterable[bytes | memoryview],
+        said: FileSum | None = None,
+    ) -> FileSum:
+        """Take in one rank's file; OSError, and nothing is kept of it, where it is not as `said`."""
         path = self.begin(generation) / self.file_of(generation, name).name
         try:
             summed = write_summed(path, pieces)
+            if said is not None and summed != said:
+                raise OSError(f"{name} did not arrive as it was sent")
         except OSError:
             path.unlink(missing_ok=True)
             raise

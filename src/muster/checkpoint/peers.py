@@ -166,8 +166,7 @@ class Server:
         if said.bytes > free:
             raise OSError(f"no room for {said.bytes / 1e6:.0f} MB where {free / 1e6:.0f} MB are free")
         _send(connection, {})
-        if self._held.put(generation, name, _raw(connection, said.bytes)) != said:
-            raise OSError(f"{name} did not arrive as it was sent")
+        self._held.put(generation, name, _raw(connection, said.bytes), said)
         _send(connection, {})
 
     def _give(self, path: Path, connection: socket.socket, *, head: bool) -> None:

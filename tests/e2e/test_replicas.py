@@ -117,16 +117,24 @@ def test_killed_ranks_go_on_from_memory_and_nothing_of_it_is_left(folder: Path, 
     assert got == undisturbed(folder, max(got), "layout.shard=2", 2, run_ranks)
 
 
-def test_a_node_is_lost_with_its_memory(folder: Path, run_ranks: Any) -> None:
+@pytest.mark.parametrize(
+    ("wanted", "left"), [(2, 2), pytest.param(3, 2, marks=pytest.mark.long)], ids=["spare", "fewer"]
+)
+def test_a_node_is_lost_with_its_memory(wanted: int, left: int, folder: Path, run_ranks: Any) -> None:
+    """Of three nodes the second; a spare takes its ranks, or two nodes go on."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    more = ["--nodes", "2:3", "--rendezvous", address, "--ranks-per-node", "1", "layout.shard=3"]
+    more = ["--nodes", "2:3", "--rendezvous", address, "--ranks-per-node", "1"]
+    more.append(f"layout.shard={wanted}")
     jobs = [trial.start(folder, "run", *more)]
     try:
-        jobs += [trial.start(folder, "run", *more) for _ in range(2)]
-        wait(folder, "placed", jobs[0])
+        for nodes in (2, 3):  # one after the other, so that it is known which is the spare
+            jobs.append(trial.start(folder, "run", *more))
+            while len(trial.events(folder, "run", "node-joined")) < nodes:
+                wait(folder, "node-joined", jobs[0])
+                time.sleep(0.05)
         kept = wait(folder, "memory", jobs[0], least=1)["step"]
-        victim = jobs.pop()
+        victim = jobs.pop(1)
         lost, memory, family = time.time(), memory_of(victim.pid), psutil.Process(victim.pid).children(True)
         os.kill(victim.pid, signal.SIGKILL)
         victim.wait()
@@ -135,13 +143,16 @@ def test_a_node_is_lost_with_its_memory(folder: Path, run_ranks: Any) -> None:
         resumed = wait(folder, "resumed", jobs[0], after=lost)
         assert resumed["source"] == "memory", said(folder)
         assert resumed["step"] >= kept
-        assert wait(folder, "placed", jobs[0], after=lost)["world"] == 2
+        assert wait(folder, "placed", jobs[0], after=lost)["world"] == left
         wait(folder, "memory", jobs[0], after=resumed["time"], least=resumed["step"] + 1)
         assert not list((folder / "runs" / "run").glob("checkpoints/*"))
         assert stop(*jobs) == [75, 75], said(folder)
     finally:
         end(*jobs)
     got = trial.losses(folder, "run")
-    # Another number of ranks adds in another order: until the loss it is the same bit for bit, then nearly.
-    before = undisturbed(folder, resumed["step"], "layout.shard=3", 3, run_ranks)
-    assert {step: got[step] for step in before} == before
+    expected = undisturbed(folder, max(got), f"layout.shard={wanted}", wanted, run_ranks)
+    # Another number of ranks adds in another order: then it is the same bit for bit until the loss alone.
+    last = max(got) if wanted == left else resumed["step"]
+    assert {step: got[step] for step in range(1, last + 1)} == {
+        step: expected[step] for step in range(1, last + 1)
+    }

@@ -62,7 +62,7 @@ class Held:
     def begin(self, generation: Generation) -> Path:
         """A folder for its files. What is older than the newest committed generation makes room."""
         folder = shelf.partial_of(self._shelf(generation), generation.step)
-        newest = max(self._committed() - {generation}, default=None)
+        newest = max(self._committed(), default=None)
         self._remove({folder} if newest is None else {folder, self.folder_of(newest)})
         folder.parent.mkdir(exist_ok=True)  # never the root: once that has gone, its owner has
         folder.mkdir(exist_ok=True)
@@ -115,8 +115,7 @@ class Held:
     def _remove(self, stay: set[Path]) -> None:
         for folder in self.root.glob("*-*/step-*"):
             if folder not in stay:
-                with suppress(
-                    OSError
-                ):  # without its manifest nobody takes it for whole, whatever else is left
+                # Without its manifest nobody takes it for whole, whatever else is left of it.
+                with suppress(OSError):
                     (folder / manifest.NAME).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)

@@ -86,7 +86,7 @@ class Recollection:
         sound = set()
         for name in sorted(_read_by(trainee, folder, files)):
             if _claim(folder, name) and not any(
-                self._bring(generation, name, holder, folder / name) for holder in files[name]
+                self._bring(generation, name, holder, folder / name) for holder in files.get(name, [])
             ):
                 done = False
             sound.add(name)

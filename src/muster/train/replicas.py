@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from muster.checkpoint.background import Background
 from muster.checkpoint.manifest import Manifest
 from muster.checkpoint.memory import Generation
 from muster.checkpoint.peers import Neighbours
-from muster.checkpoint.snapshot import Snapshot, arrange
+from muster.checkpoint.snapshot import Snapshot, State, arrange
 from muster.checkpoint.state import file_of
 from muster.errors import MusterError
 from muster.observe.format import size
@@ -37,7 +38,7 @@ from muster.train.trainee import Trainee
 _GENERATIONS = 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Flight:
     generation: Generation
     begun: float
@@ -53,6 +54,7 @@ class Replicas:
         """`step` is the one that training begins or resumes at: of what was resumed, copies are made at once."""
         self._trainee, self._plan, self._world, self._report = trainee, plan, world, report
         self._work = Background()
+        self._copied = threading.Event()
         self._due, self._told = step > 0, False
         self._flight: _Flight | None = None
         self._committing: _Flight | None = None
@@ -110,15 +112,27 @@ class Replicas:
         begun = time.perf_counter()
         self._trainee.beat.enter("save")
         self._due = False
-        snapshot.take(self._trainee.owned(), step)
-        self._work.start(lambda: self._copy(generation, snapshot))
+        state = self._trainee.owned()
+        self._copied.clear()
+        self._work.start(lambda: self._copy(generation, snapshot, state))
+        self._trainee.before_change.append(self._wait_for_copy)
         self._trainee.model.forget_residuals()
         content = replace(describe(self._plan, step, {}), guard=self._trainee.guard.state())
         self._flight = _Flight(generation, begun, time.perf_counter() - begun, content)
 
-    def _copy(self, generation: Generation, snapshot: Snapshot) -> None:
+    def _wait_for_copy(self) -> None:
+        begun = time.perf_counter()
+        self._copied.wait()
+        if self._flight is not None:
+            self._flight.stall_s += time.perf_counter() - begun
+
+    def _copy(self, generation: Generation, snapshot: Snapshot, state: State) -> None:
         """Runs in the background: this rank's file to its node's memory, and to as many others as are wanted."""
         assert self._neighbours is not None
+        try:
+            snapshot.take(state, generation.step)
+        finally:
+            self._copied.set()
         name = file_of(self._world.rank)
         summed = self._neighbours.own.put(generation, name, snapshot.pieces())
         others = self._neighbours.others

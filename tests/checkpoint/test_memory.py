@@ -57,6 +57,7 @@ def test_the_newest_stays_until_the_next_is_committed(held: Held) -> None:
         assert held.put(generation, NAME, [CONTENT]) == SUM
         held.commit(generation, manifest(generation.step))
     assert list(held.generations()) == [FIRST, SECOND]
+    assert 2 * SUM.bytes < held.size_bytes() < 3 * SUM.bytes
     held.put(THIRD, NAME, [CONTENT[:9]])  # as it is left by whoever dies here
     assert folders(held) == ["attempt-1/step-00000020", "attempt-2/step-00000020.partial"]
     assert {one: content.files for one, content in held.generations().items()} == {SECOND: {NAME: SUM}}

@@ -102,6 +102,14 @@ class Held:
         """Remove everything but this."""
         self._remove(set() if generation is None else {self.folder_of(generation)})
 
+    def size_bytes(self) -> int:
+        """Memory that all of it takes."""
+        sizes = 0
+        for path in self.root.glob("*-*/*/*"):
+            with suppress(OSError):
+                sizes += path.stat().st_size
+        return sizes
+
     def _committed(self) -> set[Generation]:
         return {
             Generation(int(folder.name.removeprefix("attempt-")), step)

@@ -198,15 +198,16 @@ class Replicas:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         copies = 1 + min(self._plan.run.checkpoint.replicas, len(self._neighbours.others))
         needed = _GENERATIONS * copies * self._size_bytes
-        root = self._neighbours.own.root
-        for where, free in (
-            (str(root.parent), shutil.disk_usage(root).free // ranks),
-            ("memory", psutil.virtual_memory().available // 2 // ranks),
+        own = self._neighbours.own
+        held = own.size_bytes()  # which makes room
+        for where, wanted, free in (
+            (str(own.root.parent), needed, shutil.disk_usage(own.root).free + held),
+            ("memory", needed + self._size_bytes, psutil.virtual_memory().available // 2 + held),
         ):
-            if needed > free:
+            if wanted > free // ranks:
                 return (
-                    f"a rank's {_GENERATIONS} generations with {copies - 1} copies of others need {size(needed)} and "
-                    f"its share of {where} is {size(free)}: give it more, or write checkpoint.memory: none"
+                    f"a rank's {_GENERATIONS} generations, with {copies - 1} copies for others, need {size(wanted)}, "
+                    f"but its share of {where} is {size(free // ranks)}: give it more, or write checkpoint.memory: none"
                 )
         return None
 

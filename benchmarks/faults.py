@@ -107,15 +107,18 @@ def numbers(scratch: Path, full: bool) -> Iterator[Row]:
 
 def restarts(scratch: Path, full: bool) -> Iterator[Row]:
     """A killed rank costs a restart, and the losses stay what they were."""
-    done, equal = faults_restart.trials(scratch, 30 if full else 3, seed=0)
-    seconds = [restart.committed_s for restart in done]
-    yield Row(
-        "kill -9 of a rank: the loss curve equals the undisturbed one, bit for bit",
-        len(done),
-        len(done) * equal,
-        f"next step committed after p50 {statistics.median(seconds):.1f} s, "
-        f"p99 {faults_restart.quantile(seconds, 0.99):.1f} s",
-    )
+    for memory, path in ((False, ""), (True, ", from memory")):
+        folder = scratch / f"memory-{memory}"
+        folder.mkdir()
+        done, equal = faults_restart.trials(folder, 30 if full else 3, seed=0, memory=memory)
+        seconds = [restart.committed_s for restart in done]
+        yield Row(
+            f"kill -9 of a rank{path}: the loss curve equals the undisturbed one, bit for bit",
+            len(done),
+            len(done) * equal,
+            f"next step committed after p50 {statistics.median(seconds):.1f} s, "
+            f"p99 {faults_restart.quantile(seconds, 0.99):.1f} s",
+        )
 
 
 def groups(scratch: Path, full: bool) -> Iterator[Row]:

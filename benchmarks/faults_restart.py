@@ -1,11 +1,12 @@
 """What a restart costs: kill -9 of a random rank of `muster train`, and the time until the next step is committed.
 
-    python benchmarks/faults_restart.py [--trials 30] [--seed 0] [--torchrun] [--json FILE]
+    python benchmarks/faults_restart.py [--trials 30] [--seed 0] [--torchrun | --memory] [--json FILE]
 
 Every step is committed (`checkpoint: {every: 1 steps}`), so the figure holds everything: noticing, ending the other
 ranks, starting anew, joining, loading and verifying the checkpoint, one step, and saving it. The losses of all steps
 are then compared with those of an undisturbed run: they must be equal bit for bit. --torchrun has torch's own
-launcher start and restart the same ranks.
+launcher start and restart the same ranks. --memory has every step committed to the node's memory instead, and no
+checkpoint written before the end: the in-memory path.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ model: {{family: llama, layers: 2, width: 64, heads: 4, context: 64}}
 data: {{train: [{{files: "*.py"}}], held_out: 5%}}
 train: {{tokens: {tokens}, batch_tokens: 512, log_every: 1, precision: fp32}}
 layout: {{replicate: 2}}
-checkpoint: {{every: {every} steps, keep: 3}}
+checkpoint: {{every: {every} steps, keep: 3, memory: {memory}}}
 faults: {{restarts: 10}}
 """
 CORPUS = "for i in range(10):\n    print(i, 'hello world', i * i)\n"
@@ -52,13 +53,15 @@ class Restart:
     started_s: float
     """All ranks have joined, and the checkpoint is loaded."""
     committed_s: float
-    """A step later than any before is in a checkpoint."""
+    """A step later than any before is in a checkpoint, or in memory."""
 
 
-def write_run(folder: Path, name: str, *, steps: int, every: int = 1) -> None:
+def write_run(folder: Path, name: str, *, steps: int, every: int = 1, memory: str = "none") -> None:
     for number in range(30):
         (folder / f"{number}.py").write_text(f"# {number}\n" + CORPUS * 9)
-    (folder / f"{name}.yaml").write_text(RUN_FILE.format(name=name, tokens=steps * 512, every=every))
+    (folder / f"{name}.yaml").write_text(
+        RUN_FILE.format(name=name, tokens=steps * 512, every=every, memory=memory)
+    )
 
 
 _TORCHRUN = [
@@ -125,10 +128,12 @@ def wait_event(
     )
 
 
-def kill_a_rank(folder: Path, name: str, job: subprocess.Popen[bytes], chance: random.Random) -> Restart:
-    """kill -9 of a random rank at a random moment of training, and what followed."""
+def kill_a_rank(
+    folder: Path, name: str, job: subprocess.Popen[bytes], chance: random.Random, kind: str = "checkpoint"
+) -> Restart:
+    """kill -9 of a random rank at a random moment of training, and what followed; events of `kind` tell of a commit."""
     began = time.time()
-    wait_event(folder, name, "checkpoint", job, after=began)
+    wait_event(folder, name, kind, job, after=began)
     time.sleep(chance.uniform(0.0, 0.3))
     pids = rank_pids(job.pid)
     rank = chance.randrange(len(pids))
@@ -138,9 +143,9 @@ def kill_a_rank(folder: Path, name: str, job: subprocess.Popen[bytes], chance: r
     noticed = next(
         iter(events(folder, name, "restart", killed)), {"time": float("nan")}
     )  # torchrun notes none
-    saved = events(folder, name, "checkpoint")
+    saved = events(folder, name, kind)
     before = max(event["step"] for event in saved if event["time"] < started["time"])
-    committed = wait_event(folder, name, "checkpoint", job, after=started["time"], least=before + 1)
+    committed = wait_event(folder, name, kind, job, after=started["time"], least=before + 1)
     return Restart(
         rank=rank,
         step=before,
@@ -156,16 +161,22 @@ def losses(folder: Path, name: str) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 
-def trials(folder: Path, count: int, seed: int, *, torchrun: bool = False) -> tuple[list[Restart], bool]:
+def trials(
+    folder: Path, count: int, seed: int, *, torchrun: bool = False, memory: bool = False
+) -> tuple[list[Restart], bool]:
     """So many kills of one run, and whether its losses equal an undisturbed run's, bit for bit."""
     steps = 60 * count
-    write_run(folder, "killed", steps=steps)
+    if memory:
+        write_run(folder, "killed", steps=steps, every=steps, memory="1 steps")
+    else:
+        write_run(folder, "killed", steps=steps)
+    kind = "memory" if memory else "checkpoint"
     write_run(folder, "straight", steps=steps, every=steps)
     chance = random.Random(seed)
     job = start(folder, "killed", torchrun=torchrun)
     try:
         wait_event(folder, "killed", "started", job)
-        restarts = [kill_a_rank(folder, "killed", job, chance) for _ in range(count)]
+        restarts = [kill_a_rank(folder, "killed", job, chance, kind) for _ in range(count)]
         if job.wait(timeout=_DEADLINE_S * 5):
             raise RuntimeError((folder / "killed.log").read_text()[-2000:])
     finally:
@@ -174,6 +185,8 @@ def trials(folder: Path, count: int, seed: int, *, torchrun: bool = False) -> tu
         job.wait()
     if start(folder, "straight").wait():
         raise RuntimeError((folder / "straight.log").read_text()[-2000:])
+    if memory and len(events(folder, "killed", "checkpoint")) != 1:
+        raise RuntimeError("a checkpoint was written before the end, so memory was not all that was there")
     return restarts, losses(folder, "killed") == losses(folder, "straight")
 
 
@@ -186,11 +199,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--torchrun", action="store_true")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--torchrun", action="store_true")
+    how.add_argument("--memory", action="store_true")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="muster-restart-") as folder:
-        restarts, equal = trials(Path(folder), chosen.trials, chosen.seed, torchrun=chosen.torchrun)
+        restarts, equal = trials(
+            Path(folder), chosen.trials, chosen.seed, torchrun=chosen.torchrun, memory=chosen.memory
+        )
     for name in ("noticed_s", "started_s", "committed_s"):
         values = [float(getattr(restart, name)) for restart in restarts]
         print(

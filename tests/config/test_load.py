@@ -133,6 +133,8 @@ def test_one_fault_is_one_sentence(problems, old: str, new: str, said: str) -> N
         ("track: [tensorbord]", "track.0: should be tensorboard or wandb (got 'tensorbord') - did you mean 'tensorboard'?"),
         ("checkpoint: {every: 3}", "checkpoint.every: should say its unit: for example 2m, 30s or 100 steps (got 3)"),
         ("checkpoint: {every: 0s}", "checkpoint.every: should be more than 0 (got '0s')"),
+        ("checkpoint: {memory: 3}", "checkpoint.memory: should say its unit: for example 2m, 30s or 100 steps (got 3)"),
+        ("checkpoint: {replicas: 9}", "checkpoint.replicas: should be at most 8 (got 9)"),
         ("checkpoint: {keep_every: 5m}", "checkpoint.keep_every: counts steps: for example 1000 steps, not 5m (got '5m')"),
         ("  schedule: {warmup: 200%}", "train.schedule.warmup: should lie between 0% and 100%, but is 200% (got '200%')"),
         ("  optimizer: {lr: .nan}", "train.optimizer.lr: should be a finite number (got nan)"),
@@ -153,6 +155,16 @@ def test_one_fault_is_one_sentence(problems, old: str, new: str, said: str) -> N
 )  # fmt: skip
 def test_faults_of_later_sections(problems, tail: str, said: str) -> None:
     assert problems(f"{GOOD}{tail}\n") == [f"run.yaml:9: {said}"]
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [("20 steps", Every(steps=20)), ("10s", Every(seconds=10.0)), ("auto", "auto"), ("none", "none")],
+)
+def test_copies_in_memory(said: str, read: object, write) -> None:
+    run = load_run(write(GOOD + f"checkpoint: {{memory: {said}, replicas: 0}}\n"))
+    assert (run.checkpoint.memory, run.checkpoint.replicas) == (read, 0)
+    assert load_resolved(run.to_dict()) == run
 
 
 def test_how_checkpoints_are_spaced_and_kept(write) -> None:

@@ -52,8 +52,11 @@ class Manifest:
     """What `resilience/guard.py` remembers: the batches left out, and the steps that spikes are judged by."""
 
     def write(self, folder: Path) -> None:
-        plain = json.loads(json.dumps(asdict(self)))  # as it reads back
-        write_synced(folder / NAME, seal(plain))
+        write_synced(folder / NAME, self.sealed())
+
+    def sealed(self) -> bytes:
+        """As it is written, for `parse`."""
+        return seal(json.loads(json.dumps(asdict(self))))  # as it reads back
 
 
 def read(folder: Path) -> Manifest:
@@ -61,14 +64,22 @@ def read(folder: Path) -> Manifest:
     path = folder / NAME
     try:
         content = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no {NAME}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): use an older checkpoint") from None
+    return parse(content, str(path))
+
+
+def parse(content: bytes, path: str) -> Manifest:
+    """A manifest as it was written; CheckpointError, which names `path`, where a byte of it is wrong."""
+    try:
         plain = json.loads(content)
         if plain["format"] != 1 or SEAL in plain:
             plain = unseal(content)
         files = {name: FileSum(**entry) for name, entry in plain.pop("files").items()}
         manifest = Manifest(**plain, files=files)
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no {NAME}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): use an older checkpoint") from None
     if manifest.format not in (1, FORMAT):
         raise CheckpointError(

@@ -76,6 +76,11 @@ class Arrangement:
         return struct.pack("<Q", len(text)) + text
 
 
+def header_bytes(first: bytes) -> int:
+    """How long the header of a safetensors file is that begins with these eight bytes."""
+    return len(first) + int(struct.unpack("<Q", first)[0])
+
+
 def arrange(state: State, *, owns_whole: bool) -> Arrangement:
     """The shards of `state` that this rank owns, as DCP's save planner lists them; sends nothing.
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.planner import LoadPlan
 
 from muster.checkpoint.manifest import FileSum, write_summed
-from muster.checkpoint.snapshot import State, arrange, stream
+from muster.checkpoint.snapshot import State, arrange, local, stream
 from muster.errors import CheckpointError, DoesNotFit
 
 WEIGHTS = "weights."
@@ -39,7 +42,7 @@ def write_file(pieces: Iterable[bytes | memoryview], size: int, folder: Path, ra
 
     What was refused is removed, and why is left in a note for the first rank (`refusals`).
     """
-    path = folder / _file(rank)
+    path = folder / file_of(rank)
     try:
         summed = write_summed(path, pieces)
         _note(folder, rank).write_text(
@@ -79,24 +82,50 @@ def collect_sums(folder: Path, world_size: int) -> dict[str, FileSum]:
     sums = {}
     for rank in range(world_size):
         note = _note(folder, rank)
-        sums[_file(rank)] = FileSum(**json.loads(note.read_bytes()))
+        sums[file_of(rank)] = FileSum(**json.loads(note.read_bytes()))
         note.unlink()
     return sums
 
 
 def read_shards(state: State, folder: Path) -> None:
     """Fill the tensors of `state` in place from a checkpoint of any layout, each rank reading its own part."""
+    with _told_of(folder):
+        reader, planner, plan = _plan(state, folder)
+        reader.read_data(plan, planner)
+
+
+def files_needed(state: State, folder: Path) -> set[str]:
+    """Names of the files that `read_shards` would read; of the others, headers alone need to be there."""
+    with _told_of(folder):
+        reader, _, plan = _plan(state, folder)
+        return {Path(reader.storage_data[item.storage_index].relative_path).name for item in plan.items}
+
+
+def _plan(state: State, folder: Path) -> tuple[HuggingFaceStorageReader, DefaultLoadPlanner, LoadPlan]:
     reader, planner = HuggingFaceStorageReader(str(folder)), DefaultLoadPlanner(flatten_state_dict=False)
+    metadata = reader.read_metadata()
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    planner.set_up_planner(dict(state), metadata, is_coordinator=True)
+    plan = planner.create_local_plan()
+    covered = Counter[str]()
+    for item in plan.items:
+        covered[item.dest_index.fqn] += prod(item.lengths)
+    for name, tensor in state.items():
+        if covered[name] < local(tensor).numel():  # of which torch says nothing
+            raise ValueError(f"it lacks a part of {name}")
+    return reader, planner, plan
+
+
+@contextlib.contextmanager
+def _told_of(folder: Path) -> Iterator[None]:
     try:
-        metadata = reader.read_metadata()
-        reader.set_up_storage_reader(metadata, is_coordinator=True)
-        planner.set_up_planner(dict(state), metadata, is_coordinator=True)
-        reader.read_data(planner.create_local_plan(), planner)
+        yield
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} does not hold the state of this model: {error}") from error
 
 
-def _file(rank: int) -> str:
+def file_of(rank: int) -> str:
+    """Name of a rank's file in the folder of a checkpoint."""
     return f"rank-{rank:05d}.safetensors"
 
 

@@ -14,7 +14,7 @@ from muster.config.schema import Run
 
 _LATER: dict[KeyPath, frozenset[str]] = {
     (): frozenset({"distill", "quantize", "swarm", "plan", "observe", "launch"}),
-    ("checkpoint",): frozenset({"async", "replicas"}),
+    ("checkpoint",): frozenset({"async"}),
     ("export",): frozenset({"to"}),
     ("serve",): frozenset({"queue_tokens", "keys"}),
 }

@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Tag, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
+from muster.config.checkpoint import Checkpoint as Checkpoint
 from muster.config.faults import Faults as Faults
 from muster.config.fields import STRICT, Flag, ListOrText, Number, Positive, SectionOrWord
 from muster.config.layout import Layout as Layout
 from muster.config.sync import Sync as Sync
-from muster.config.units import Every, Fraction, Interval, IntervalOrAuto, Seconds, Steps, Tokens
+from muster.config.units import Fraction, Interval, Seconds, Tokens
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "qwen3_moe", "dots1"]
 SPARSE = ("mixtral", "qwen3_moe", "dots1")
@@ -269,21 +270,6 @@ class Train:
                 f"meet: use {steps} or less"
             )
         return self
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class Checkpoint:
-    """When state is saved and how much of it is kept."""
-
-    every: IntervalOrAuto = Field(default_factory=lambda: Every(seconds=120.0))
-    """Interval between checkpoints (`2m`, `100 steps`), or auto: from what a save costs and how often the run fails
-    (Daly 2006). One is always written at the end."""
-    keep: Positive = 3
-    """Newest checkpoints kept."""
-    keep_every: Steps | None = None
-    """Of each so many steps (`1000 steps`), the first checkpoint is kept for good."""
-    keep_best: Flag = False
-    """A state with the lowest held-out loss so far is saved when it is found (see `train.eval_every`), and kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

@@ -92,6 +92,11 @@ def parse_every_or_auto(value: object) -> Every | Literal["auto"]:
     return "auto" if value == "auto" else parse_every(value)
 
 
+def parse_every_auto_or_none(value: object) -> Every | Literal["auto", "none"]:
+    """`none`, `auto`, or as `parse_every`."""
+    return "none" if value == "none" else parse_every_or_auto(value)
+
+
 def parse_steps(value: object) -> Every:
     """`1000 steps`, and no length of time."""
     every = parse_every(value)
@@ -131,4 +136,10 @@ IntervalOrAuto = Annotated[
     BeforeValidator(parse_every_or_auto),
     PlainSerializer(str, return_type=str),
     WithJsonSchema({"type": "string", "pattern": r"^([0-9._]+ ?(ms|s|m|h|d|steps?)|auto)$"}),
+]
+IntervalAutoOrNone = Annotated[
+    Every | Literal["auto", "none"],
+    BeforeValidator(parse_every_auto_or_none),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": r"^([0-9._]+ ?(ms|s|m|h|d|steps?)|auto|none)$"}),
 ]

@@ -14,8 +14,8 @@ from muster.checkpoint.state import WEIGHTS, collect_sums, write_shards
 from muster.convert.source import KINDS, Source, refuse_other_model
 from muster.errors import UsageError
 from muster.model.transformer import Transformer, named_tensors
+from muster.train.describe import describe
 from muster.train.plan import Plan
-from muster.train.saves import describe
 
 _FILE_BYTES = 2_000_000_000
 

@@ -8,14 +8,16 @@ sentence, said last, and its exit code.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from muster.errors import MusterError, Preempted, TrainingError
 from muster.observe.records import RunLog
@@ -34,6 +36,22 @@ _RETRY_S = 0.5
 _DATA_AXES = ("replicate", "shard")
 _HEAR_S = 5.0
 _AGAIN = "run the same command again to resume from the newest checkpoint"
+
+
+class Memory(Protocol):
+    """What a node keeps of the run in its memory, outside the ranks."""
+
+    def claim(self) -> None:
+        """Called once, before anything else."""
+
+    def serve(self, host: str) -> tuple[str, int] | None:
+        """Let other nodes reach it at this machine's `host`; the address for them."""
+
+    def environment(self, attempt: int, others: Sequence[tuple[str, int]]) -> Mapping[str, str]:
+        """What the ranks of an attempt must know, where `others` are the memories that follow in the ring."""
+
+    def close(self) -> None:
+        """Give it back."""
 
 
 class RankFailed(MusterError):
@@ -62,6 +80,7 @@ class Job:
     grace_s: float
     watch: Callable[[Place], Watchdog] | None = None
     """Makes the watchdog of a set of ranks."""
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +98,10 @@ class Nodes:
 def start_ranks(job: Job, nodes: Nodes, zygote: Zygote, monitor: Monitor | None = None) -> None:
     """Keep the ranks of `job` running until it is done. RankFailed with the failure that ended it, or Preempted."""
     agent = _Agent(job=job, nodes=nodes, zygote=zygote, monitor=monitor)
-    with agent.asked.listens():
+    with agent.asked.listens(), contextlib.ExitStack() as at_end:
+        if job.memory is not None:
+            job.memory.claim()
+            at_end.callback(job.memory.close)
         agent.run()
 
 
@@ -161,6 +183,7 @@ class _Agent:
                 "host": socket.gethostname(),
                 "slots": self.nodes.slots,
                 "digest": self.job.digest,
+                "memory": self._serve_memory(link, hosts),
             }
         )
         while True:
@@ -194,6 +217,12 @@ class _Agent:
                     self._farewell = outcome.sentence
                     self._hear_until = time.monotonic() + self.job.grace_s + _HEAR_S
 
+    def _serve_memory(self, link: Link, hosts: bool) -> tuple[str, int] | None:
+        address = self.nodes.rendezvous
+        if self.job.memory is None or address is None:
+            return None
+        return self.job.memory.serve(address[0] if hosts else link.host)
+
     def _obey(self, message: Message) -> bool:
         """Do as the coordinator says; True if the job is done."""
         kind = message["type"]
@@ -208,8 +237,17 @@ class _Agent:
             ]
             self._passed_on, self._failed_at, self._deadline, self._overdue = False, None, None, False
             watchdog = None if self.job.watch is None else self.job.watch(place)
+            told = message["memory"]
+            others = [(str(host), int(port)) for host, port in told["others"]]
+            memory = self.job.memory
+            known = {} if memory is None else memory.environment(int(told["attempt"]), others)
             self._ranks = Ranks(
-                zygote=self.zygote, argv=argv, place=place, logs=self.job.folder / "logs", watchdog=watchdog
+                zygote=self.zygote,
+                argv=argv,
+                place=place,
+                logs=self.job.folder / "logs",
+                watchdog=watchdog,
+                environment=dict.fromkeys(range(place.ranks), known),
             )
         elif kind == "stop" and self._ranks is not None:
             if message["how"] == "kill":

@@ -59,6 +59,11 @@ class Link:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    @property
+    def host(self) -> str:
+        """Address by which the other end knows this machine."""
+        return str(self._socket.getsockname()[0])
+
     def send(self, message: Message) -> None:
         with contextlib.suppress(OSError):  # gone: the next read says so
             self._socket.sendall(json.dumps(message).encode() + b"\n")
@@ -133,6 +138,8 @@ class Server:
     """Of the run; closed with this."""
     monitor: Monitor | None = None
     _links: dict[str, Link] = field(default_factory=dict, init=False)
+    _memories: dict[str, list[Any]] = field(default_factory=dict, init=False)
+    """Host and port of each node's memory, where it has some to spare."""
     _store: TCPStore | None = field(default=None, init=False)
     _thread: threading.Thread = field(init=False)
     _closing: bool = field(default=False, init=False)
@@ -203,6 +210,8 @@ class Server:
                 return
             name = self._name(str(message["host"]))
             self._links[name] = link
+            if message.get("memory") is not None:
+                self._memories[name] = [str(message["memory"][0]), int(message["memory"][1])]
             link.send({"type": "welcome", "name": name})
             self._do(self.coordinator.joined(name, int(message["slots"]), now))
         elif message["type"] == "ended":
@@ -219,6 +228,7 @@ class Server:
     def _lost(self, link: Link) -> None:
         for name in self._names(link):
             del self._links[name]
+            self._memories.pop(name, None)
             self._do(self.coordinator.lost(name, time.monotonic()))
 
     def _tick(self) -> None:
@@ -236,10 +246,13 @@ class Server:
                 self._store = TCPStore(self.host, 0, is_master=True, wait_for_workers=False)
                 if self.monitor is not None:
                     self.monitor.begin(self._store, action.world)
+                begun = int(time.time() * 1000)
                 for name, (first, ranks) in action.places.items():
                     place = {"first": first, "ranks": ranks, "world": action.world, "attempt": action.attempt}
                     meet = {"host": self.host, "port": self._store.port}
-                    self._tell(name, {"type": "start", "place": place | meet, "sizes": action.sizes})
+                    memory = {"attempt": begun, "others": self._others(name, list(action.places))}
+                    start = {"type": "start", "place": place | meet, "sizes": action.sizes, "memory": memory}
+                    self._tell(name, start)
             elif isinstance(action, Stop):
                 for name in action.nodes:
                     self._tell(name, {"type": "stop", "how": action.how})
@@ -251,6 +264,12 @@ class Server:
                 for name in self._links:
                     end = {"type": "end", "exit_code": action.exit_code, "sentence": action.sentence}
                     self._tell(name, end)
+
+    def _others(self, name: str, placed: list[str]) -> list[list[Any]]:
+        """The memories of all other nodes, those that follow in the ring of nodes first; spares come after."""
+        ring = placed + [one for one in self._links if one not in placed]
+        where = ring.index(name)
+        return [self._memories[one] for one in ring[where + 1 :] + ring[:where] if one in self._memories]
 
     def _tell(self, name: str, message: Message) -> None:
         if name in self._links:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from muster.checkpoint import shelf
+from muster.checkpoint.keeper import Keeper
 from muster.checkpoint.manifest import sum_file, write_synced
 from muster.checkpoint.sealed import SEAL, seal, unseal
 from muster.config import schema
@@ -155,16 +156,23 @@ def job(plan: Plan, argv: Sequence[str], *, alone: bool) -> Job:
         sizes = {} if auto else {"replicate": found.replicate, "shard": found.shard}
         return Fitted(found.world, sizes, wanted=not auto and found.world == layout.world)
 
+    memory = None if run.checkpoint.memory == "none" else Keeper(digest(run))
+
+    def committed() -> int:
+        shelved = max(shelf.steps(plan.folder / "checkpoints"), default=0)
+        return max(shelved, 0 if memory is None else memory.newest())
+
     return Job(
         argv=argv,
         folder=plan.folder,
         digest=digest(run),
         fit=fitting,
         needs=f"this layout needs {least(run.layout)} at least",
-        committed=lambda: max(shelf.steps(plan.folder / "checkpoints"), default=0),
+        committed=committed,
         restarts=run.faults.restarts,
         grace_s=run.faults.grace,
         watch=lambda place: watchdog(plan, place),
+        memory=memory,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Literal
 
 from muster.checkpoint import interval
 from muster.config.units import Every
@@ -13,16 +14,21 @@ from muster.train.clock import Alarm
 from muster.train.plan import Training
 from muster.train.report import Report
 
+_FIRST_S = {"every": interval.FIRST_S, "memory": 10.0}
+
 
 class Pace:
     """Only the first rank's counts: ask it there."""
 
-    def __init__(self, plan: Training, world: World, report: Report) -> None:
-        every = plan.run.checkpoint.every
-        self._report = report
+    def __init__(
+        self, plan: Training, world: World, report: Report, *, key: Literal["every", "memory"] = "every"
+    ) -> None:
+        """`key` of the section `checkpoint` that states the interval."""
+        every = getattr(plan.run.checkpoint, key)
+        self._report, self._key = report, key
         self._auto = every == "auto"
         self._told = False
-        self._alarm = Alarm(Every(seconds=interval.FIRST_S) if every == "auto" else every)
+        self._alarm = Alarm(Every(seconds=_FIRST_S[key]) if self._auto else every)
         self._machines = max(world.size // int(os.environ.get("LOCAL_WORLD_SIZE", world.size)), 1)
         self._past = interval.history(read_jsonl(plan.folder / EVENTS) if self._auto else [])
         self._since = time.monotonic()
@@ -42,7 +48,7 @@ class Pace:
             running_s=time.monotonic() - self._since,
         )
         self._alarm.change(Every(seconds=seconds))
-        sentence = f"checkpoint.every: auto is {seconds:.3g} s ({reason})"
+        sentence = f"checkpoint.{self._key}: auto is {seconds:.3g} s ({reason})"
         if self._told:
             self._report.event("checkpoint-interval", message=sentence, seconds=seconds)
         else:

@@ -34,6 +34,7 @@ def recover(
     back = step
     if action(bad, step, trainee.guard) == "rewind":
         saver.drain()
+        saver.replicas.drain()
         back = saves.resume(trainee, plan, world, report) or step  # no checkpoint yet: only skipped
     withdraw(bad, step, back, trainee.guard, report)
     return back

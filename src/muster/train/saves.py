@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
 import torch
 
-import muster
 from muster.checkpoint import manifest, shelf
 from muster.checkpoint.background import Background
-from muster.checkpoint.manifest import FileSum, Manifest
+from muster.checkpoint.manifest import Manifest
+from muster.checkpoint.memory import Generation
 from muster.checkpoint.snapshot import Snapshot, arrange
 from muster.checkpoint.state import collect_sums, refusals, refused, write_file, write_shards
-from muster.config.digest import differences, digest, identity
+from muster.config.digest import differences, identity
 from muster.errors import CheckpointError, DoesNotFit, MusterError, Preempted
 from muster.observe.format import size
 from muster.parallel.world import World
+from muster.train.describe import describe
 from muster.train.evaluate import Evaluation
 from muster.train.pace import Pace
 from muster.train.plan import Training
+from muster.train.recollect import Recollection
+from muster.train.replicas import Replicas
 from muster.train.report import Report
 from muster.train.trainee import Trainee
 
@@ -35,30 +37,42 @@ from muster.train.trainee import Trainee
 def resume(
     trainee: Trainee, plan: Training, world: World, report: Report, *, others_save: bool = False
 ) -> int:
-    """Restore the newest sound checkpoint, if there is one, and return the number of steps done.
+    """Restore the newest sound state, in memory or in a checkpoint, if there is one; the number of steps done.
 
     What earlier saves have left half written is cleared away, unless `others_save` there already.
     """
     folder = shelf_of(plan)
     if world.is_first and not others_save:
         shelf.sweep(folder)
-    candidates = shelf.steps(folder) if world.is_first else []
-    count = len(candidates)
+    shelved = shelf.steps(folder) if world.is_first else []
+    memory = Recollection(plan, world, report)
+    candidates = [(step, 0) for step in shelved]
+    if world.is_first:  # of one step, that in memory comes first
+        candidates = sorted(candidates + [(held.step, held.attempt) for held in memory.whole()])
     while True:
         # The first rank names a candidate, and each rank reads its share of the bytes.
-        (number,) = world.sum(candidates.pop() + 1 if candidates else 0)
+        step, attempt = candidates.pop() if candidates else (-1, 0)
+        number, attempt = map(int, world.sum(step + 1, attempt))
         if number == 0:
             break
-        path = shelf.folder_of(folder, int(number) - 1)
-        content = _sound(path, world)
+        generation = Generation(attempt, number - 1) if attempt else None
+        if generation is None:
+            path = shelf.folder_of(folder, number - 1)
+            content = _sound(path, world)
+        else:
+            path, content = memory.gather(generation, trainee)
         (bad,) = world.sum(content is None)
         if content is not None and not bad:
-            return _restore(trainee, plan, report, path, content)
-        if world.is_first:
+            where = f"{path}" if generation is None else "memory"
+            done = _restore(trainee, plan, report, path, content, where)
+            memory.settle(generation)
+            return done
+        if world.is_first and generation is None:
             report.note("checkpoint-damaged", _what_is_wrong(path))
-    (count,) = map(int, world.sum(count))
+    (count,) = map(int, world.sum(len(shelved)))
     if count:
         raise shelf.none_sound(folder, count)
+    memory.settle(None)
     return 0
 
 
@@ -82,7 +96,9 @@ def _what_is_wrong(path: Path) -> str:
     )
 
 
-def _restore(trainee: Trainee, plan: Training, report: Report, path: Path, content: Manifest) -> int:
+def _restore(
+    trainee: Trainee, plan: Training, report: Report, path: Path, content: Manifest, where: str
+) -> int:
     changed = differences(content.identity, identity(plan.run))
     if changed:
         raise CheckpointError(
@@ -91,7 +107,8 @@ def _restore(trainee: Trainee, plan: Training, report: Report, path: Path, conte
         )
     trainee.restore(path, content.step)
     trainee.guard.restore(content.guard)
-    report.note("resumed", f"resumed from {path} at step {content.step} of {plan.steps}", step=content.step)
+    said = f"resumed from {where} at step {content.step} of {plan.steps}"
+    report.note("resumed", said, step=content.step, source=where)
     return content.step
 
 
@@ -139,15 +156,18 @@ class Saver:
         found = shelf.best(self._shelf, shelved) if world.is_first and self._config.keep_best else None
         (self._best,) = world.sum((found[1] if found else math.inf) if world.is_first else 0.0)
         self._snapshot = self._stage()
+        self.replicas = Replicas(trainee, plan, world, report, step=step)
 
-    def votes(self, step: int) -> tuple[float, float, float]:
-        """This rank's part of the exchange after `step`: a save is due, is being written, has failed."""
+    def votes(self, step: int) -> tuple[float, ...]:
+        """This rank's part of the exchange after `step`: a save is due, is being written, has failed; and the same of
+        the copies in memory."""
         if (
             self._world.is_first and step != self._asked and self._pace.rings(step)
         ):  # once, if a step is repeated
             self._due = True
         self._asked = step
-        return float(self._due), float(self._work.busy), float(self._work.failed)
+        own = float(self._due), float(self._work.busy), float(self._work.failed)
+        return *own, *self.replicas.votes(step)
 
     def scored(self, step: int, evaluation: Evaluation) -> None:
         """Take note of the evaluation of the state after `step`."""
@@ -155,7 +175,8 @@ class Saver:
 
     def after(self, step: int, votes: Sequence[float]) -> None:
         """With the sums of all ranks' votes after `step`: finish what can be, and begin what is due."""
-        due, busy, failed = votes
+        self.replicas.after(step, votes[3:])
+        due, busy, failed = votes[:3]
         if self._writing is not None and not busy:
             self._settle(bool(failed))
             busy = not failed  # on the first rank, of which the others hear in the next exchange
@@ -221,7 +242,7 @@ class Saver:
         self._copied.clear()
         if (snapshot := self._snapshot) is not None:
             self._work.start(lambda: self._copy_and_write(snapshot, state, step))
-            self._trainee.before_change = self._wait_for_copy
+            self._trainee.before_change.append(self._wait_for_copy)
         else:
             partial, whole = shelf.partial_of(self._shelf, step), self._trainee.mesh.is_first_of_stage
             self._work.start(
@@ -341,26 +362,6 @@ class Saver:
             return Snapshot(state, owns_whole=whole)
         self._report.note("checkpoint-foreground", f"training waits for its checkpoints: {reason}")
         return None
-
-
-def describe(plan: Training, step: int, files: dict[str, FileSum]) -> Manifest:
-    """The manifest of a checkpoint of this run after `step` updates."""
-    return Manifest(
-        format=manifest.FORMAT,
-        step=step,
-        tokens=step * plan.run.train.batch_tokens,
-        seed=plan.run.train.seed,
-        digest=digest(plan.run),
-        identity=identity(plan.run),
-        layout=asdict(plan.layout),
-        model=asdict(plan.spec),
-        versions={
-            "muster": muster.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        files=files,
-    )
 
 
 def leave(saver: Saver, plan: Training, step: int) -> NoReturn:

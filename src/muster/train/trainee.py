@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from muster.checkpoint.state import WEIGHTS, read_shards
+from muster.checkpoint.state import WEIGHTS, files_needed, read_shards
 from muster.comm.averager import Averager
 from muster.comm.meter import Meter
 from muster.data.dataset import Corpus
@@ -75,7 +75,7 @@ class Trainee:
         """`averager` as for `make_sync`."""
         self.plan, self.world = plan, world
         self.beat = beat or Beat()
-        self.before_change: Callable[[], None] | None = None
+        self.before_change: list[Callable[[], None]] = []
         """Called once, before an update changes anything: who still reads the state is waited for."""
         self.mesh = Mesh(plan.layout, world.device)
         self.balance = balance_from_config(plan.run.train.balance, plan.spec)
@@ -138,9 +138,8 @@ class Trainee:
         `share` is this rank's of the summed loss.
         """
         self.beat.enter("optimizer")
-        if self.before_change is not None:
-            self.before_change()
-            self.before_change = None
+        while self.before_change:
+            self.before_change.pop()()
         self.sync.exchange()
         named, together = self.model.named_parameters(), self.mesh.together
         total, square = together.sum(share, gradients.squared_norm(named, self.mesh.copies_apart))
@@ -242,11 +241,15 @@ class Trainee:
         self._read(folder, {name: tensor for name, tensor in own.items() if name.startswith(WEIGHTS)})
         self.sync.begin()
 
+    def files_of(self, folder: Path) -> set[str]:
+        """Names of the files of a checkpoint that `restore` would read on this rank."""
+        parts = _apart(self.sync.loading(self._own(), folder))
+        return set().union(*(files_needed(part, folder) for part in parts if part))
+
     def _read(self, folder: Path, chosen: Mapping[str, Tensor]) -> None:
-        read_shards({name: tensor for name, tensor in chosen.items() if _COPY not in name}, folder)
-        copies = {name.replace(_COPY, ""): tensor for name, tensor in chosen.items() if _COPY in name}
-        if copies:
-            read_shards(copies, folder)
+        for part in _apart(chosen):
+            if part:
+                read_shards(part, folder)
 
     def shards(self) -> list[Tensor]:
         """Everything that training changes, as this rank's plain tensors: what another copy of it is filled from."""
@@ -261,6 +264,12 @@ class Trainee:
 
     def _inputs(self, batch: Batch) -> Inputs:
         return to_inputs(batch, self.world.device, mask_documents=self.plan.run.data.mask_documents)
+
+
+def _apart(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Everything but second copies, and these by the names of the first ones."""
+    first = {name: tensor for name, tensor in state.items() if _COPY not in name}
+    return first, {name.replace(_COPY, ""): tensor for name, tensor in state.items() if _COPY in name}
 
 
 def seed_step(seed: int, step: int) -> None:

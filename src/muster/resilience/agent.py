@@ -12,7 +12,6 @@ import contextlib
 import select
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +20,7 @@ from types import FrameType
 
 from muster.errors import MusterError, Preempted, TrainingError
 from muster.observe.records import RunLog
+from muster.observe.room import say
 from muster.resilience.budget import Budget, Failure
 from muster.resilience.coordinator import Coordinator, Fitted, Outcome
 from muster.resilience.lifeline import INTERRUPTED, STOP_SIGNALS
@@ -117,7 +117,7 @@ class _Agent:
                 raise TrainingError(
                     "the coordinator of this run has failed: run the same command again to resume"
                 )
-            self._say("the node at the rendezvous is gone: waiting for it to be started again")
+            say("the node at the rendezvous is gone: waiting for it to be started again")
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -192,6 +192,7 @@ class _Agent:
                 for message in link.read() if link.fileno() in ready else []:
                     if self._obey(message):
                         return True
+                link.beat()
             except Closed:
                 self._end_ranks()
                 return False
@@ -229,7 +230,7 @@ class _Agent:
             else:
                 self._ask_ranks(self._ranks)
         elif kind == "say":
-            self._say(message["sentence"])
+            say(message["sentence"])
         elif kind == "end":
             self._end_ranks()
             if message["exit_code"] == Preempted.exit_code:
@@ -301,7 +302,3 @@ class _Agent:
             self.zygote.read()
         self._ranks.close()
         self._ranks = None
-
-    def _say(self, sentence: str) -> None:
-        sys.stdout.write(sentence + "\n")
-        sys.stdout.flush()

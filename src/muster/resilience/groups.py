@@ -6,11 +6,11 @@ who takes part; this module only makes its word come true.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,9 @@ from typing import Any, Protocol
 
 from muster.config.faults import Timeouts
 from muster.errors import TrainingError
+from muster.observe import term
 from muster.observe.records import RunLog
+from muster.observe.room import Appender, say
 from muster.parallel.world import usable_cores
 from muster.resilience.between import COORDINATOR, GROUP, STORE, TOKEN
 from muster.resilience.membership import Action, Committed, Decide, Fence, Lost
@@ -56,6 +58,8 @@ class _Group:
     starts: int = 0
     """Since it last took part in a committed step."""
     not_before: float = 0.0
+    term: str = ""
+    """By which these processes may commit checkpoints, when this group leads."""
 
 
 class Groups:
@@ -78,7 +82,9 @@ class Groups:
         self._store = _store(dist)
         self._key = secrets.token_hex(4)
         self._log = RunLog(folder)
-        self._ledger = (folder / LEDGER).open("ab", buffering=0)
+        self._ledger_file = (folder / LEDGER).open("ab", buffering=0)
+        self._ledger = Appender(self._ledger_file)
+        self._term = ""
         self._lost: str | None = None
         self._first_error: tuple[str, int] | None = None
 
@@ -95,7 +101,7 @@ class Groups:
             for group in self._groups:
                 self._end(group)
             self._coordinator.close()
-            self._ledger.close()
+            self._ledger_file.close()
             self._log.close()
 
     def _finished(self) -> bool:
@@ -126,6 +132,7 @@ class Groups:
         import torch.distributed as dist
 
         group.starts += 1
+        group.term = term.new()
         group.store = _store(dist)  # the group's own rendezvous
         for rank in range(self._ranks):
             group.processes.append(self._start(self._environment(group, rank)))
@@ -148,6 +155,7 @@ class Groups:
             TOKEN: self._coordinator.token,
             STORE: f"127.0.0.1:{self._store.port}",
             GROUP: str(group.index),
+            term.TERM: group.term,
         }
 
     def _handle(self, actions: Sequence[Action]) -> None:
@@ -160,8 +168,10 @@ class Groups:
                 self._bury(self._groups[action.group], f"group {action.group} {action.why}")
             elif isinstance(action, Lost):
                 self._lost = action.why
-            elif isinstance(action, Decide) and (action.view.sources or not action.committed):
-                self._tell(action)
+            elif isinstance(action, Decide):
+                self._let_commit(self._groups[action.view.members[0]])
+                if action.view.sources or not action.committed:
+                    self._tell(action)
 
     def _write_ledger(self, committed: Committed) -> None:
         notes = {who: note for who, note in committed.notes.items() if note}
@@ -173,6 +183,13 @@ class Groups:
         step = next(iter(notes.values()))["step"]
         line = {"time": time.time(), "step": step, "epoch": committed.epoch, "samples": samples}
         self._ledger.write(json.dumps(line).encode() + b"\n")
+
+    def _let_commit(self, leader: _Group) -> None:
+        """Before any rank hears who leads: the one before may be cut off, and not know."""
+        if leader.term != self._term:
+            self._term = leader.term
+            with contextlib.suppress(OSError):  # a full disk, on which nobody commits
+                term.grant(self._folder, leader.term)
 
     def _tell(self, decision: Decide) -> None:
         view = decision.view
@@ -266,10 +283,6 @@ def start_groups(
         quiet = environment["RANK"] != "0"
         log = logs / f"group-{environment[GROUP]}-rank-{environment['RANK']}.log"
         return _Forked(zygote, argv, env, log if quiet else None)
-
-    def say(sentence: str) -> None:
-        sys.stdout.write(sentence + "\n")
-        sys.stdout.flush()
 
     Groups(count, ranks, folder, timeouts, start, say).run()
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import psutil
 
+from muster.chaos.inject import ranks_of_groups, send
 from muster.observe.records import read_jsonl
 
 RUN_FILE = """
@@ -129,10 +130,10 @@ def disturb(
             wait(agent, 0.5)  # whoever was killed before is not back yet
             continue
         group = chance.choice(sorted(int(member) for member in last_members(run)))
-        pid = newest_pids(run)[group][0]
+        process = ranks_of_groups(agent.pid, run)[group]
         wait(agent, chance.random() * 0.2)  # anywhere in a step
         yield time.time(), group
-        os.kill(pid, signal.SIGKILL)
+        send(process, signal.SIGKILL)
         wait(agent, asked.kill_every)
 
 
@@ -175,11 +176,6 @@ def evaluate(run: Path, killed: list[tuple[float, int]], asked: argparse.Namespa
         "groups_ended": ended,
         "kills": [asdict(kill) for kill in kills],
     }
-
-
-def newest_pids(run: Path) -> dict[int, list[int]]:
-    events = read_jsonl(run / "events.jsonl")
-    return {event["group"]: event["pids"] for event in events if event["event"] == "group-started"}
 
 
 def pids(run: Path) -> list[int]:

@@ -2,7 +2,8 @@
 
     python benchmarks/faults_chaos.py [--kinds kill,stop,slow,link,disk,flip,poison] [--count 10] [--seed 0]
 
-Two ranks, a checkpoint every 20 steps, a fault every 2 s in the mean; the losses are compared with an undisturbed run's.
+Two ranks, a checkpoint every 20 steps, a fault every 2 s in the mean; the losses are compared with those of an
+undisturbed run.
 """
 
 from __future__ import annotations

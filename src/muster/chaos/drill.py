@@ -141,7 +141,7 @@ class Drill:
 
     def _left_s(self) -> float:
         """Until the end of the run, if nothing more happens."""
-        return (self.steps - self.step()) * _step_s(self._records())
+        return float(self.steps - self.step()) * _step_s(self._records())
 
     def _goodput(self) -> float:
         records = self._records()
@@ -149,7 +149,7 @@ class Drill:
             return 0.0
         steps = max(r["step"] for r in records) - min(r["step"] for r in records)
         took_s: float = records[-1]["time"] - records[0]["time"]
-        return min(steps * _step_s(records) / took_s, 1.0)
+        return min(float(steps) * _step_s(records) / took_s, 1.0)
 
     def _records(self) -> list[dict[str, Any]]:
         records = read_jsonl(self.folder / METRICS)

@@ -27,8 +27,12 @@ def own() -> str:
 def grant(folder: Path, term: str) -> None:
     """From now on, only ranks of `term` may commit to the run in `folder`."""
     draft = folder / f"{_NAME}.{term}.partial"
-    draft.write_text(term)
-    draft.rename(folder / _NAME)
+    try:
+        draft.write_text(term)
+        draft.rename(folder / _NAME)
+    except OSError:  # a full disk: rather nobody is kept from committing than everybody
+        for path in (draft, folder / _NAME):
+            path.unlink(missing_ok=True)
 
 
 def is_over(folder: Path) -> bool:

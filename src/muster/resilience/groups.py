@@ -6,7 +6,6 @@ who takes part; this module only makes its word come true.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
@@ -188,8 +187,7 @@ class Groups:
         """Before any rank hears who leads: the one before may be cut off, and not know."""
         if leader.term != self._term:
             self._term = leader.term
-            with contextlib.suppress(OSError):  # a full disk, on which nobody commits
-                term.grant(self._folder, leader.term)
+            term.grant(self._folder, leader.term)
 
     def _tell(self, decision: Decide) -> None:
         view = decision.view

@@ -263,8 +263,7 @@ class Server:
                 # A store for each attempt: nothing of the last one can be met in it.
                 self._store = TCPStore(self.host, 0, is_master=True, wait_for_workers=False)
                 turn = term.new()
-                with contextlib.suppress(OSError):  # a full disk, on which nobody commits
-                    term.grant(self.log.folder, turn)
+                term.grant(self.log.folder, turn)
                 if self.monitor is not None:
                     self.monitor.begin(self._store, action.world)
                 for name, (first, ranks) in action.places.items():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from muster.observe.records import read_jsonl
@@ -85,6 +87,26 @@ def test_replica_groups(tmp_path: Path) -> None:
     injected, recovered, named, nameable = row(done.stdout, "all")
     assert injected == recovered == 8
     assert named == nameable
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_its_run_ends_with_it(how: signal.Signals, tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    (tmp_path / "run.yaml").write_text(RUN_FILE.replace("TOKENS", "100M").replace("FAULTS", "restarts: 10"))
+    command = [sys.executable, "-m", "muster", "chaos", "run.yaml", "--faults", "stop", "--every", "1s"]
+    job = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        assert job.stdout is not None
+        assert any("SIGSTOP to rank" in line for line in job.stdout)
+        family = psutil.Process(job.pid).children(recursive=True)
+        assert len(family) == 4, "the agent, the zygote and two ranks"
+        job.send_signal(how)
+        job.communicate(timeout=30)
+    finally:
+        job.kill()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_what_cannot_be_survived_is_refused_before_any_process(tmp_path: Path) -> None:

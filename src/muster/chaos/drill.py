@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from muster.chaos.schedule import Fault, Shape
 from muster.chaos.strike import Outcome, RunOver, Strike
 from muster.observe.records import EVENTS, METRICS, read_jsonl
 from muster.resilience.groups import LEDGER
+from muster.resilience.lifeline import die_with_parent
 
 _POLL_S = 0.02
 _TAIL_BYTES = 1 << 20
@@ -71,7 +73,10 @@ class Drill:
             self.orders, self._began = Path(orders), time.time()
             env = os.environ | {within.LINES: self.board.address, within.ORDERS: orders}
             command = [sys.executable, "-m", "muster", *self.argv]
-            self.agent = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
+            end_with_me = partial(die_with_parent, os.getpid())
+            self.agent = subprocess.Popen(
+                command, env=env, stdout=out, stderr=out, start_new_session=True, preexec_fn=end_with_me
+            )
             try:
                 with contextlib.suppress(RunOver):
                     self._strike_all()

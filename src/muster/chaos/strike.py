@@ -210,9 +210,10 @@ class Strike:
         return time.time()
 
     def _lines(self) -> list[Line]:
-        """The links of the rank that are in use; of all, where it has none."""
+        """The links of the rank that are in use, and those between any ranks, which all wait for."""
         alive = [line for line in self._drill.board.lines if line.alive]
-        return [line for line in alive if line.who == f"rank {self._fault.rank}"] or alive
+        mine = [line for line in alive if line.who == f"rank {self._fault.rank}" or line.what == "peers"]
+        return mine or alive or self._drill.board.lines
 
     def _all_run(self) -> bool:
         return all(process.is_running() for process in self._ranks.values())

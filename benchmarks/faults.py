@@ -4,8 +4,8 @@
 
 The short form takes some minutes and runs a few trials of each; `--full` runs as many as the promises are worth
 (hundreds of kills, a thousand flipped bits), which takes an hour. A row that is not kept says what happened, and the
-exit code is 1. What each trial does is told by the module that it is in: faults_checkpoint.py, faults_groups.py,
-faults_hang.py, faults_numbers.py and faults_restart.py.
+exit code is 1. What each trial does is told by the module that it is in: faults_checkpoint.py, faults_chaos.py,
+faults_groups.py, faults_hang.py, faults_numbers.py and faults_restart.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from datetime import date
 from pathlib import Path
 
 import cells
+import faults_chaos
 import faults_checkpoint
 import faults_groups
 import faults_hang
@@ -156,12 +157,32 @@ def groups(scratch: Path, full: bool) -> Iterator[Row]:
     )
 
 
+def links(scratch: Path, full: bool) -> Iterator[Row]:
+    """Late links change nothing but the time, broken ones are recovered from."""
+    done = faults_chaos.trial(scratch, kinds="link", count=20 if full else 4, seed=0)
+    yield _drilled("links of ranks delayed, stalled and reset: recovered, losses equal bit for bit", done)
+
+
+def chaos(scratch: Path, full: bool) -> Iterator[Row]:
+    """All kinds of faults, one after the other, in one run."""
+    kinds = "kill,stop,slow,link,disk,flip,poison"
+    done = faults_chaos.trial(scratch, kinds=kinds, count=70 if full else 10, seed=0)
+    yield _drilled("muster chaos, all kinds: recovered, culprit named, losses equal bit for bit", done)
+
+
+def _drilled(promise: str, done: faults_chaos.Drilled) -> Row:
+    said = f"goodput {done.goodput}, longest recovery {done.longest}"
+    return Row(promise, done.injected, done.kept, said if not done.error else done.error)
+
+
 ALL: dict[str, Trials] = {
     "checkpoints": checkpoints,
     "hangs": hangs,
     "numbers": numbers,
     "restarts": restarts,
     "groups": groups,
+    "links": links,
+    "chaos": chaos,
 }
 
 

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from muster.chaos.inject import flip_bit
+
 RANKS = 2
 _CALLS = ("open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir", "close")
 _LIMIT_S = 60.0
@@ -135,10 +137,7 @@ def flip_bits(folder: Path, trials: int, seed: int, find: Callable[[Path], list[
     for number in range(trials):
         victim = files[number % len(files)]
         honest = victim.read_bytes()
-        content = bytearray(honest)
-        where = chance.randrange(len(content))
-        content[where] ^= 1 << chance.randrange(8)
-        victim.write_bytes(content)
+        where = flip_bit(victim, chance)
         said = find(folder)
         victim.write_bytes(honest)
         outcome.trials += 1

@@ -27,6 +27,7 @@ import cells
 import torch
 from torch import Tensor
 
+from muster.chaos.within import spoil
 from muster.config import schema
 from muster.config.load import load_resolved
 from muster.errors import TrainingError
@@ -142,14 +143,13 @@ def plant(of: Case, kind: str, victim: int, seed: int, out: Path) -> None:
 def poison(name: str, draw: random.Random, *, only: bool) -> None:
     """A nan in this rank's part of a gradient before it is measured; under replicas, in all copies, as after a sum."""
     honest = gradients.squared_norm
-    place = draw.random()
+    seed = draw.random()
 
     def squared_norm(named: gradients.Named, copies_apart: int = 1) -> float:
         parameter = dict(named).get(name)
         everywhere = parameter is not None and gradients._copies(parameter.grad) > 1
         if parameter is not None and (only or everywhere):
-            gradient = local(parameter.grad).view(-1)
-            gradient[int(place * len(gradient))] = draw.choice([float("nan"), float("inf"), -float("inf")])
+            spoil(named, random.Random(seed), name)
         return honest(named, copies_apart)
 
     gradients.squared_norm = squared_norm

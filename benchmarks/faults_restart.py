@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from muster.chaos import drill
+from muster.chaos.inject import ranks_of
 from muster.observe.records import read_jsonl
 
 RUN_FILE = """
@@ -92,16 +92,7 @@ def start(folder: Path, name: str, *more: str, torchrun: bool = False) -> subpro
 
 def rank_pids(agent: int) -> list[int]:
     """Process ids of the ranks that an agent keeps, by rank."""
-    found = {}
-    for child in psutil.Process(agent).children(recursive=True):
-        try:
-            name = child.name()
-            rank = name.removeprefix("rank-") if name.startswith("rank-") else child.environ().get("RANK")
-        except psutil.Error:
-            continue
-        if rank is not None:
-            found[int(rank)] = child.pid
-    return [found[rank] for rank in sorted(found)]
+    return [process.pid for process in ranks_of(agent).values()]
 
 
 def events(folder: Path, name: str, kind: str, after: float = 0.0) -> list[dict[str, Any]]:
@@ -157,8 +148,7 @@ def kill_a_rank(
 
 def losses(folder: Path, name: str) -> dict[int, float]:
     """The loss of each step, as recorded last."""
-    records = read_jsonl(folder / "runs" / name / "metrics.jsonl")
-    return {record["step"]: record["loss"] for record in records if "loss" in record}
+    return drill.losses(folder / "runs" / name)
 
 
 def trials(

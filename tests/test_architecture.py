@@ -22,6 +22,7 @@ FLOORS = {
     "train": 5,
     "export": 6,
     "convert": 6,
+    "chaos": 6,
     "serve": 7,
     "cli": 8,
 }

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
+from muster.chaos import inject
 from muster.observe.records import read_jsonl
 from tests.toy import write_corpus
 
@@ -46,14 +46,6 @@ def start(folder: Path) -> subprocess.Popen[str]:
     return job
 
 
-def rank(job: subprocess.Popen[str], number: int) -> psutil.Process:
-    return next(
-        child
-        for child in psutil.Process(job.pid).children(recursive=True)
-        if child.name() == f"rank-{number}"
-    )
-
-
 @pytest.mark.parametrize(
     ("number", "sent", "said"),
     [(1, signal.SIGSTOP, "rank 1 was stopped"), (0, signal.SIGSEGV, "rank 0 was killed by SIGSEGV")],
@@ -61,7 +53,7 @@ def rank(job: subprocess.Popen[str], number: int) -> psutil.Process:
 def test_the_culprit_is_named_last(number: int, sent: signal.Signals, said: str, tmp_path: Path) -> None:
     job = start(tmp_path)
     try:
-        rank(job, number).send_signal(sent)
+        inject.send(inject.ranks_of(job.pid)[number], sent)
         _, errors = job.communicate(timeout=60)
     finally:
         job.kill()

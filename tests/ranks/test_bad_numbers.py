@@ -4,12 +4,14 @@ found on any layout that has a copy of it, and the rank and the tensor are named
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from muster.chaos.within import spoil
 from muster.checkpoint import manifest, shelf
 from muster.observe.records import read_jsonl
 from tests.ranks.test_resume import weights_of
@@ -96,7 +98,7 @@ def train_poisoned(run: dict[str, Any], base: str, folder: str, on: int) -> None
 
     def squared_norm(named: Any, *rest: Any) -> float:
         if dealt[0] == BAD and (int(os.environ["RANK"]) == on or "replicate" in run["layout"]):
-            local(dict(named)[MATRIX].grad).view(-1)[0] = float("nan")
+            spoil(named, random.Random(0), MATRIX)
         return measure(named, *rest)
 
     loop.microbatches, gradients.squared_norm = microbatches, squared_norm

@@ -22,6 +22,7 @@ from muster.resilience.coordinator import (
     Start,
     Stop,
 )
+from muster.resilience.rendezvous import SILENCE_S
 
 
 def coordinator(
@@ -193,7 +194,11 @@ def test_a_watcher_explains_a_failure() -> None:
 
 @dataclass
 class World:
-    """Nodes that obey with some delay, fail, vanish and come back, on virtual time."""
+    """Nodes that obey with some delay, fail, vanish, are cut off and come back, on virtual time.
+
+    The link of one that is cut off swallows what is sent. Healed in time, it delivers it late; else both ends take it
+    for closed after SILENCE_S. The node's ranks may train on for a while then; others have a term of their own.
+    """
 
     seed: int
     chance: random.Random = field(init=False)
@@ -219,18 +224,21 @@ class World:
 
         now, here, running, end = 0.0, set[str](), dict[str, str](), None
         begun: float | None = None
+        term = 0
+        cut: dict[str, list[str]] = {}
         happened = set[str]()
         for name in names:
             later(chance.expovariate(0.3), "join", name)
         later(0.1, "tick")
         for _ in range(chance.randint(0, 6)):
-            later(chance.uniform(1.0, 100.0), chance.choice(["fail", "vanish", "stop", "hang"]))
+            later(chance.uniform(1.0, 100.0), chance.choice(["fail", "vanish", "stop", "hang", "cut"]))
         later(120.0, "finish")
         while queue and end is None and now < 1_500.0:
             now, _, what, name = heapq.heappop(queue)
             happened.add(what)
             actions: list[Action] = []
-            some = chance.choice(sorted(running)) if running else ""
+            reached = sorted(running.keys() - cut.keys())
+            some = chance.choice(reached) if reached else ""
             if what == "join" and name not in here:
                 here.add(name)
                 actions = machine.joined(name, slots[name], now)
@@ -242,8 +250,22 @@ class World:
                 actions = machine.ended(
                     some, failed(some, consequence=chance.random() < 0.3, step=int(now)), now
                 )
-            elif what == "vanish" and here:
-                lost = chance.choice(sorted(here))
+            elif what == "cut" and some:
+                cut[some] = []
+                heals_after = chance.uniform(1.0, 2 * SILENCE_S)
+                later(min(heals_after, SILENCE_S), "heal" if heals_after < SILENCE_S else "silence", some)
+                if heals_after >= SILENCE_S:
+                    later(heals_after + chance.uniform(0.0, 5.0), "join", some)
+            elif what == "heal":
+                for order_kept in cut.pop(name):
+                    later(chance.uniform(0.0, 0.1), order_kept, name)
+            elif what == "silence":
+                del cut[name]
+                here.discard(name)
+                running.pop(name, None)  # they may train on for a while, under a term that is soon over
+                actions = machine.lost(name, now)
+            elif what == "vanish" and here - cut.keys():
+                lost = chance.choice(sorted(here - cut.keys()))
                 here.discard(lost)
                 running.pop(lost, None)
                 actions = machine.lost(lost, now)
@@ -258,7 +280,7 @@ class World:
                 kind = "stopped" if what == "kill" else "preempted"
                 actions = machine.ended(name, Outcome(kind=kind, sentence="saved"), now)  # type: ignore[arg-type]
             elif what == "finish":
-                if running and not set(running.values()) - {""}:
+                if running and not set(running.values()) - {""} and not cut:
                     for name in sorted(running):
                         actions += machine.ended(name, Outcome(kind="done"), now)
                     running.clear()
@@ -275,11 +297,15 @@ class World:
                     assert sum(ranks for _, ranks in spans) == action.world <= wanted
                     assert all(0 < ranks <= slots[node] for node, (_, ranks) in action.places.items())
                     running = dict.fromkeys(action.places, "")
-                    begun = now
+                    assert action.attempt > term, "a term is never granted twice"
+                    begun, term = now, action.attempt
                 elif isinstance(action, Stop):
                     for node in action.nodes:
                         if node in running and running[node] != "kill":
                             running[node] = action.how
+                            if node in cut:
+                                cut[node].append(action.how)
+                                continue
                             later(chance.uniform(0.01, 5.0), action.how, node)
                 elif isinstance(action, End):
                     assert end is None

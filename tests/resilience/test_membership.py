@@ -31,10 +31,14 @@ class Rank:
     """Committed steps in the state that it holds; None without state."""
     busy: bool = False
     voted: bool = False
+    cut: bool = False
+    """Its connection has broken, and it does not know: nothing that it says arrives, and it hears nothing."""
+    stalled_until: float = 0.0
+    """What it says and is told arrives then, late, but in order."""
 
 
 class Simulation:
-    """Groups that train, die, hang, lose messages and come back; nothing but the membership machine decides."""
+    """Groups that train, die, hang, lose messages, are cut off and come back; only the membership machine decides."""
 
     def __init__(self, seed: int, *, groups: int, ranks: int, steps: int, trouble: float) -> None:
         self.chance = random.Random(seed)
@@ -116,23 +120,38 @@ class Simulation:
         if self.alive:
             group = self.chance.choice(sorted(self.alive))
             kind = self.chance.random()
-            if kind < 0.6:
+            if kind < 0.4:
                 self.kill(group)
+            elif kind < 0.55:
+                self.cut(group)
+            elif kind < 0.7:
+                for rank in self.alive[group][: self.chance.randint(1, self.ranks)]:
+                    rank.stalled_until = self.now + self.chance.uniform(0.5, 30)
             else:  # stopped, or everything it says from now on is lost: to the machine it is the same
-                for rank in self.alive[group][: 1 if kind < 0.8 else self.ranks]:
+                for rank in self.alive[group][: 1 if kind < 0.85 else self.ranks]:
                     rank.life = -1
+
+    def cut(self, group: int) -> None:
+        """A partition: the machine sees the connection end, its ranks go on for a while, and then end for it."""
+        for rank in self.alive[group]:
+            rank.cut = True
+        life = self.lives[group]
+        self.at(self.chance.choice([0.0, 0.3, 5.0]), lambda: self.act(self.machine.gone(self.now, group)))
+        self.at(self.chance.uniform(5, 15), lambda: self.kill(group) if self.lives[group] == life else None)
 
     def say(self, rank: Rank, call: Callable[[], Any], delay: float | None = None) -> None:
         """A message to the machine; those of one connection arrive in order."""
         life = self.lives[rank.group]
-        arrives = self.now + (self.delay() if delay is None else delay)
+        if rank.cut:
+            return
+        arrives = max(self.now, rank.stalled_until) + (self.delay() if delay is None else delay)
         arrives = self.last_arrival[rank.group, rank.rank, life] = max(
             arrives, self.last_arrival.get((rank.group, rank.rank, life), 0.0)
         )
 
         def arrive() -> None:
             current = self.alive.get(rank.group)
-            if current is not None and rank in current and rank.life == life:
+            if current is not None and rank in current and rank.life == life and not rank.cut:
                 self.act(call())
 
         self.at(arrives - self.now, arrive)
@@ -161,12 +180,12 @@ class Simulation:
     def tell(self, group: int, action: Any) -> None:
         for rank in self.alive.get(group, []):
             key = ("to", rank.group, rank.rank, rank.life)
-            arrives = max(self.now + self.delay(), self.last_arrival.get(key, 0.0))
+            arrives = max(max(self.now, rank.stalled_until) + self.delay(), self.last_arrival.get(key, 0.0))
             self.last_arrival[key] = arrives
             self.at(arrives - self.now, lambda r=rank: self.deliver(r, action))
 
     def deliver(self, rank: Rank, action: Any) -> None:
-        if rank.life < 0 or rank not in self.alive.get(rank.group, []):
+        if rank.life < 0 or rank.cut or rank not in self.alive.get(rank.group, []):
             return
         if isinstance(action, Load):
             assert not self.committed, "reads the checkpoint although steps are committed"

@@ -15,6 +15,7 @@ from pathlib import Path
 from muster.checkpoint import manifest
 from muster.checkpoint.manifest import Manifest
 from muster.errors import CheckpointError
+from muster.observe import term
 
 _STEP = re.compile(r"step-(\d{8,})")
 _PARTIAL, _FORMER = ".partial", ".former"
@@ -25,7 +26,9 @@ def folder_of(shelf: Path, step: int) -> Path:
 
 
 def partial_of(shelf: Path, step: int) -> Path:
-    return shelf / f"step-{step:08d}{_PARTIAL}"
+    """Of this rank's own term, so that ranks that should have ended do not write among those that have begun."""
+    of_term = f".{term.own()}" if term.own() else ""
+    return shelf / f"step-{step:08d}{of_term}{_PARTIAL}"
 
 
 def steps(shelf: Path) -> list[int]:
@@ -77,10 +80,14 @@ def commit(shelf: Path, step: int, content: Manifest) -> Path:
     """Turn a complete `.partial` folder into a checkpoint: manifest last, sync, rename, sync the parent.
 
     One of the same step (a damaged one, or one that training went back from) makes way, and is not deleted before the
-    new one stands in its place.
+    new one stands in its place. CheckpointError where others have been started in place of these ranks.
     """
     partial, final, former = partial_of(shelf, step), folder_of(shelf, step), _former_of(shelf, step)
     content.write(partial)
+    if term.is_over(shelf.parent):
+        raise CheckpointError(
+            f"step {step} is not committed: these ranks were cut off, and others have been started in their place"
+        )
     manifest.sync_folder(partial)
     if final.exists():
         if former.exists():

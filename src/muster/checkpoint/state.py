@@ -73,7 +73,8 @@ def refusals(folder: Path) -> list[str]:
     found = []
     with contextlib.suppress(OSError):
         for path in sorted(folder.glob("*.refused")):
-            found.append(path.read_text())
+            if said := path.read_text():  # there was room for that
+                found.append(said)
     return found
 
 

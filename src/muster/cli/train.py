@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -43,6 +44,10 @@ def train(
             from muster.config.load import load_run
             from muster.train.entry import run_rank
 
+            if "MUSTER_CHAOS_ORDERS" in os.environ:  # `muster chaos` started this run
+                from muster.chaos import within
+
+                within.enter()
             run = load_run(run_file, overrides)
             run_rank(run, base=run_file.parent, folder=runs / run.name, lifeline=lifeline)
         return

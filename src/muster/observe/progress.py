@@ -15,6 +15,7 @@ from rich.progress import (
 )
 
 from muster.observe.format import count, duration, size
+from muster.observe.room import or_not_at_all
 
 _FIGURES: dict[str, Callable[[float], str]] = {
     "loss": "loss {:.4f}".format,
@@ -57,8 +58,9 @@ class RunProgress:
 
     def note(self, sentence: str) -> None:
         """A line of its own."""
-        self._console.print(sentence, markup=False)
-        self._console.file.flush()
+        with or_not_at_all():
+            self._console.print(sentence, markup=False)
+            self._console.file.flush()
 
     def close(self) -> None:
         if self._bar is not None:

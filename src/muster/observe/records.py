@@ -15,6 +15,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from muster.observe.room import Appender, or_not_at_all
+
 EVENTS, METRICS = "events.jsonl", "metrics.jsonl"
 
 
@@ -27,8 +29,10 @@ class RunLog:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._events, self._metrics = _open(folder / EVENTS), _open(folder / METRICS)
-        _lock(self._events, fcntl.LOCK_EX)
+        self.folder = folder
+        self._files = _open(folder / EVENTS), _open(folder / METRICS)
+        self._events, self._metrics = map(Appender, self._files)
+        _lock(self._files[0], fcntl.LOCK_EX)
 
     def event(self, kind: str, **fields: Any) -> None:
         self._events.write(_line({"time": time.time(), "event": kind, **fields}))
@@ -37,8 +41,8 @@ class RunLog:
         self._metrics.write(_line({"time": time.time(), "step": step, **fields}))
 
     def close(self) -> None:
-        self._events.close()
-        self._metrics.close()
+        for file in self._files:
+            file.close()
 
 
 def in_use(folder: Path) -> bool:
@@ -78,7 +82,8 @@ def _open(path: Path) -> FileIO:
     if size := file.seek(0, os.SEEK_END):
         file.seek(size - 1)
         if file.read(1) != b"\n":
-            file.write(b"\n")  # so that the next record does not continue a line that a kill cut short
+            with or_not_at_all():
+                file.write(b"\n")  # so that the next record does not continue a line that a kill cut short
     return file
 
 

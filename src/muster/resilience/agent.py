@@ -12,7 +12,6 @@ import contextlib
 import select
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +20,7 @@ from typing import Protocol
 
 from muster.errors import MusterError, Preempted, TrainingError
 from muster.observe.records import RunLog
+from muster.observe.room import say
 from muster.resilience.asked import Asked
 from muster.resilience.budget import Budget, Failure
 from muster.resilience.coordinator import Coordinator, Fitted, Outcome
@@ -136,7 +136,7 @@ class _Agent:
                 raise TrainingError(
                     "the coordinator of this run has failed: run the same command again to resume"
                 )
-            self._say("the node at the rendezvous is gone: waiting for it to be started again")
+            say("the node at the rendezvous is gone: waiting for it to be started again")
 
     def _meet(self) -> tuple[Server | None, Link]:
         """Become the coordinator's host, or reach it, however long that takes."""
@@ -201,6 +201,7 @@ class _Agent:
                 for message in link.read() if link.fileno() in ready else []:
                     if self._obey(message):
                         return True
+                link.beat()
             except Closed:
                 self._end_ranks()
                 return False
@@ -255,7 +256,7 @@ class _Agent:
             else:
                 self._ask_ranks(self._ranks)
         elif kind == "say":
-            self._say(message["sentence"])
+            say(message["sentence"])
         elif kind == "end":
             self._end_ranks()
             if message["exit_code"] == Preempted.exit_code:
@@ -331,7 +332,3 @@ class _Agent:
             self.zygote.read()
         self._ranks.close()
         self._ranks = None
-
-    def _say(self, sentence: str) -> None:
-        sys.stdout.write(sentence + "\n")
-        sys.stdout.flush()

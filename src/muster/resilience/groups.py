@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from typing import Any
 
 from muster.config.faults import Timeouts
 from muster.errors import Preempted
+from muster.observe import room, term
 from muster.observe.records import RunLog
 from muster.parallel.world import usable_cores
 from muster.resilience.agent import Job, RankFailed
@@ -58,7 +58,7 @@ def start_groups(
     The groups' first ranks write to this terminal (that of the group that leads does), the others to a folder of their
     group in `logs/`.
     """
-    say = say or _say
+    say = say or room.say
     (job.folder / "logs").mkdir(parents=True, exist_ok=True)
     budget, asked, log = Budget(restarts=job.restarts), Asked(), RunLog(job.folder)
     try:
@@ -114,6 +114,8 @@ class _Group:
     fenced: str = ""
     """Why it has to end, where others say so."""
     asked: bool = field(default=False)
+    term: str = ""
+    """By which these ranks may commit checkpoints, when this group leads."""
 
     def __str__(self) -> str:
         return f"group {self.index}"
@@ -134,7 +136,7 @@ class _Life:
         say: Callable[[str], None],
     ) -> None:
         self._job, self._ranks, self._forks, self._asked = job, ranks, forks, asked
-        self._log, self._say = log, say
+        self._log, self._say, self._term = log, say, ""
         headway = f"{_HEADWAY_STEPS} steps in a row"
         self._groups = [
             _Group(index=index, budget=Budget(restarts=job.restarts, headway=headway))
@@ -225,7 +227,7 @@ class _Life:
                 ranks.kill()
 
     def _launch(self, group: _Group) -> None:
-        group.store = _store()  # the group's own rendezvous
+        group.store, group.term = _store(), term.new()  # the group's own rendezvous
         place = Place(
             first=0,
             ranks=self._ranks,
@@ -234,6 +236,7 @@ class _Life:
             port=group.store.port,
             attempt=group.lives,
             name=str(group),
+            term=group.term,
         )
         group.ranks = Ranks(
             zygote=self._forks,
@@ -269,8 +272,10 @@ class _Life:
                 self._fence(self._groups[action.group], action.why)
             elif isinstance(action, Lost):
                 self._lose(action.why)
-            elif isinstance(action, Decide) and (action.view.sources or not action.committed):
-                self._tell(action)
+            elif isinstance(action, Decide):
+                self._let_commit(self._groups[action.view.members[0]])
+                if action.view.sources or not action.committed:
+                    self._tell(action)
 
     def _count(self, committed: Committed) -> None:
         if wrong := self._ledger.write(committed):
@@ -278,6 +283,12 @@ class _Life:
         self._failures.clear()
         for index in {index for index, _ in committed.notes}:
             self._groups[index].steps += 1
+
+    def _let_commit(self, leader: _Group) -> None:
+        """Before any rank hears who leads: the one before may be cut off, and not know."""
+        if leader.term != self._term:
+            self._term = leader.term
+            term.grant(self._job.folder, leader.term)
 
     def _tell(self, decision: Decide) -> None:
         view = decision.view
@@ -349,11 +360,6 @@ class _Life:
             return Failure(sentence=why)
         first = min(self._failures, key=lambda failure: failure.consequence)
         return replace(first, sentence=f"{why}: {first.sentence}")
-
-
-def _say(sentence: str) -> None:
-    sys.stdout.write(sentence + "\n")
-    sys.stdout.flush()
 
 
 def _store() -> Any:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from muster.observe.room import Appender
 from muster.resilience.membership import Committed
 
 LEDGER = "ledger.jsonl"
@@ -17,6 +18,7 @@ others, or the run went back to a checkpoint before them, as `events.jsonl` says
 class Ledger:
     def __init__(self, folder: Path) -> None:
         self._file = (folder / LEDGER).open("ab", buffering=0)
+        self._lines = Appender(self._file)
 
     def write(self, committed: Committed) -> str | None:
         """Note a committed sum, where it is a step's; says what is wrong where groups took part in different steps."""
@@ -30,7 +32,7 @@ class Ledger:
         for (group, _), note in notes.items():
             samples.setdefault(str(group), []).extend(note["samples"])
         line = {"time": time.time(), "step": steps.pop(), "epoch": committed.epoch, "samples": samples}
-        self._file.write(json.dumps(line).encode() + b"\n")
+        self._lines.write(json.dumps(line).encode() + b"\n")
         return None
 
     def close(self) -> None:

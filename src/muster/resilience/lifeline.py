@@ -64,7 +64,8 @@ class Lifeline:
     def reached(self, step: int) -> None:
         """Note that `step` updates are done, where the agent finds it even after kill -9."""
         if self._file is not None:
-            os.pwrite(self._file, _STEP.pack(step), 0)
+            with contextlib.suppress(OSError):  # a full disk; the step only makes a message better
+                os.pwrite(self._file, _STEP.pack(step), 0)
 
     def install(self) -> None:
         """Have STOP_SIGNALS ask for a clean end; a second SIGINT ends this process at once."""
@@ -113,7 +114,8 @@ def reported() -> Iterator[Lifeline]:
             or (not known and any(words in trace for words in _CONSEQUENCES)),
             "time": time.time(),
         }
-        Path(target).write_text(json.dumps(note))
+        with contextlib.suppress(OSError):  # a full disk: the exit code says some of it
+            Path(target).write_text(json.dumps(note))
         if not isinstance(error, Preempted):
             watched.failed(str(note["message"]), int(str(note["exit_code"])))
         _leave(int(str(note["exit_code"])))
@@ -136,6 +138,7 @@ def name_process(name: str) -> None:
 
 
 def _leave(exit_code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(exit_code)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from muster.errors import Preempted, TrainingError
+from muster.observe.term import TERM
 from muster.resilience.budget import Failure
 from muster.resilience.lifeline import ERROR_FILE, STEP_FILE, read_step
 from muster.resilience.verdict import Verdict
@@ -42,6 +43,8 @@ class Place:
     port: int
     """Of the store that the world meets at."""
     attempt: int = 0
+    term: str = ""
+    """By which the ranks may commit checkpoints (`observe/term.py`)."""
     name: str = ""
     """Of this world, where a run has several."""
 
@@ -261,6 +264,7 @@ class Ranks:
             "MASTER_PORT": str(place.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": str(place.attempt),
+            TERM: place.term,
             **({} if self.watchdog is None else self.watchdog.environment),
             ERROR_FILE: str(self._notes / f"{local}.json"),
             STEP_FILE: str(self._step_file(local)),

@@ -3,6 +3,9 @@
 One agent runs the server, in a thread: the one that can listen at the rendezvous address. A connection that closes is
 a node that is lost: at once if its agent was killed, after some ten seconds if its machine was. What travels is data
 only: what an agent runs is its own command line, with sizes of the layout's axes, never words that it was sent.
+
+Both ends say something now and then. An end that is silent for `SILENCE_S` is as good as closed: its process is
+stopped, or what lies between swallows everything, and neither system may ever tell.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any, Protocol
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from muster.errors import Preempted, UsageError
+from muster.observe import term
 from muster.observe.records import RunLog
 from muster.resilience.budget import Failure
 from muster.resilience.coordinator import Action, Coordinator, End, Outcome, Say, Start, Stop
@@ -29,6 +33,9 @@ _TICK_S = 0.05
 _FAREWELL_S = 5.0
 """How long the server waits for the agents to hear the end."""
 _CONNECT_S = 5.0
+_BEAT_S = 2.0
+SILENCE_S = 30.0
+"""Long enough for an agent that waits until torch is loaded."""
 
 Message = dict[str, Any]
 
@@ -53,8 +60,10 @@ class Closed(Exception):
 class Link:
     """One end of a connection between an agent and the coordinator."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._socket, self._rest = connection, b""
+    def __init__(self, connection: socket.socket, *, local: bool = False) -> None:
+        """`local`: the other end is a thread of this process, which stops and goes on with it."""
+        self._socket, self._rest, self._local = connection, b"", local
+        self._said = self._heard = time.monotonic()
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -65,8 +74,17 @@ class Link:
         return str(self._socket.getsockname()[0])
 
     def send(self, message: Message) -> None:
+        self._said = time.monotonic()
         with contextlib.suppress(OSError):  # gone: the next read says so
             self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def beat(self) -> None:
+        """Be heard, and notice when nothing is: Closed after SILENCE_S. Call it many times in that."""
+        now = time.monotonic()
+        if now - self._heard > SILENCE_S and not self._local:
+            raise Closed
+        if now - self._said > _BEAT_S and not self._local:
+            self.send({"type": "beat"})
 
     def read(self) -> list[Message]:
         """The messages that have come, after `select` said that some have; Closed at the end."""
@@ -78,6 +96,7 @@ class Link:
             raise Closed
         *lines, self._rest = (self._rest + received).split(b"\n")
         try:
+            self._heard = time.monotonic()
             messages = [json.loads(line) for line in lines]
         except ValueError:
             raise Closed from None
@@ -149,9 +168,9 @@ class Server:
         if self.monitor is not None:
             self.coordinator.explain = self.monitor.explain
         here, there = socket.socketpair()
-        self._thread = threading.Thread(target=self._serve, args=(Link(there),), daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(Link(there, local=True),), daemon=True)
         self._thread.start()
-        return Link(here)
+        return Link(here, local=True)
 
     def close(self) -> None:
         self._closing = True
@@ -165,6 +184,13 @@ class Server:
             selector.register(self.listener, selectors.EVENT_READ, None)
         links = {own}
         farewell = float("inf")
+
+        def drop(link: Link) -> None:
+            selector.unregister(link)
+            links.discard(link)
+            link.close()
+            self._lost(link)
+
         try:
             while links and not self._closing and time.monotonic() < farewell:
                 for key, _ in selector.select(timeout=_TICK_S):
@@ -182,10 +208,12 @@ class Server:
                         for message in link.read():
                             self._hear(link, message)
                     except (Closed, KeyError, TypeError, ValueError):  # gone, or no agent of ours
-                        selector.unregister(link)
-                        links.discard(link)
-                        link.close()
-                        self._lost(link)
+                        drop(link)
+                for link in list(links):
+                    try:
+                        link.beat()
+                    except Closed:
+                        drop(link)
                 self._tick()
                 if self.coordinator.over and farewell == float("inf"):
                     farewell = time.monotonic() + _FAREWELL_S
@@ -244,12 +272,14 @@ class Server:
             if isinstance(action, Start):
                 # A store for each attempt: nothing of the last one can be met in it.
                 self._store = TCPStore(self.host, 0, is_master=True, wait_for_workers=False)
+                turn = term.new()
+                term.grant(self.log.folder, turn)
                 if self.monitor is not None:
                     self.monitor.begin(self._store, action.world)
                 begun = int(time.time() * 1000)
                 for name, (first, ranks) in action.places.items():
                     place = {"first": first, "ranks": ranks, "world": action.world, "attempt": action.attempt}
-                    meet = {"host": self.host, "port": self._store.port}
+                    meet = {"host": self.host, "port": self._store.port, "term": turn}
                     memory = {"attempt": begun, "others": self._others(name, list(action.places))}
                     start = {"type": "start", "place": place | meet, "sizes": action.sizes, "memory": memory}
                     self._tell(name, start)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import secrets
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from muster.data.progress import Progress
 from muster.errors import UsageError
 from muster.observe.format import count, size
 from muster.observe.records import RunLog
+from muster.observe.room import say
 from muster.parallel.fit import fit, least
 from muster.parallel.memory import estimate
 from muster.parallel.world import join, usable_cores
@@ -186,8 +186,7 @@ def watchdog(plan: Plan, place: Place) -> Watchdog:
         log = RunLog(plan.folder)
         log.event(kind, message=sentence)
         log.close()
-        sys.stdout.write(sentence + "\n")
-        sys.stdout.flush()
+        say(sentence)
 
     def out_of_memory(rank: int, held_bytes: int) -> str:
         return oom.report(plan, rank=rank, on_gpu=False, total_bytes=held_bytes)

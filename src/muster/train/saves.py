@@ -273,13 +273,13 @@ class Saver:
         """All ranks have written, or have failed to: the first rank makes a checkpoint of it, or clears it away."""
         flight, self._writing = self._writing, None
         assert flight is not None
-        self._work.take()
+        error = self._work.take()
         if not self._world.is_first:
             return
         if failed:
             said = refusals(shelf.partial_of(self._shelf, flight.step))
             shelf.abandon(self._shelf, flight.step)
-            self._tell(flight.step, said[0] if said else self._why)
+            self._tell(flight.step, said[0] if said else str(error or self._why))
         else:
             self._committing = flight
             self._work.start(lambda: self._commit(flight))
@@ -294,6 +294,9 @@ class Saver:
             )
             shelf.commit(self._shelf, step, content)
             flight.size_bytes = sum(entry.bytes for entry in content.files.values())
+        except CheckpointError:
+            shelf.abandon(self._shelf, step)
+            raise
         except OSError as error:
             shelf.abandon(self._shelf, step)
             raise refused(self._state_bytes, self._shelf, error) from error

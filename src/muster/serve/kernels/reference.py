@@ -121,8 +121,9 @@ def _attend_padded(
     position = torch.arange(k.shape[2], device=q.device)
     queries = lengths[:, None] - T + torch.arange(T, device=q.device)  # (S, T)
     seen = visible(queries, position, heads.window)  # (S, T, P * block_tokens)
-    # Pages hold anything behind a sequence's end, and no number times zero is no number.
-    v = v.where((position < lengths[:, None])[:, None, :, None], 0)
+    # Pages hold anything behind a sequence's end, and what is no number spoils sums even where it is masked.
+    stored = (position < lengths[:, None])[:, None, :, None]
+    k, v = k.where(stored, 0), v.where(stored, 0)
     # The query heads of a kv head are rows: SDPA's own grouping is ten times as slow on a CPU.
     rows = q.permute(0, 2, 3, 1, 4).reshape(S, K, G * T, D)
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen.repeat(1, G, 1)[:, None])

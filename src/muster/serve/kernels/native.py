@@ -19,7 +19,7 @@ from muster.serve.kernels.shape import Heads, QKNorm, Rotation
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _SIGNATURES = {
     "linear_float": [_P] * 4 + [_I] * 6,
-    "linear_int8": [_P] * 6 + [_I] * 7,
+    "linear_int8": [_P] * 5 + [_I] * 7,
     "linear_int4": [_P] * 5 + [_I] * 8,
     "add_norm": [_P] * 4 + [_I] * 2 + [_D] + [_I] * 2,
     "swiglu": [_P] * 2 + [_I] * 4,
@@ -56,12 +56,12 @@ class NativeLinear:
         self._library, self._weights, self._out = library, pack(weights), out
         assert all(tensor.is_contiguous() for tensor in self._weights.tensors().values())
         w = self._weights
-        self._pointers = [_pointer(t) for t in (w.weight, w.scale, w.sums, w.bias)]
+        self._pointers = [_pointer(t) for t in (w.weight, w.scale, w.bias)]
         self._padded = w.weight.shape[1] * {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}[w.format]
         self._group = self._padded // w.scale.shape[1] if w.scale is not None and w.format == "int4" else 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        w, (weight, scale, sums, bias) = self._weights, self._pointers
+        w, (weight, scale, bias) = self._weights, self._pointers
         x = _checked(x, w.inputs)
         out = torch.empty(len(x), w.features, dtype=self._out)
         threads, narrow = torch.get_num_threads(), int(x.dtype == torch.bfloat16)
@@ -69,7 +69,7 @@ class NativeLinear:
         rows = len(x)
         if w.format == "int8":
             self._library.linear_int8(
-                x.data_ptr(), weight, scale, sums, bias, out.data_ptr(), rows, w.inputs, self._padded, w.features,
+                x.data_ptr(), weight, scale, bias, out.data_ptr(), rows, w.inputs, self._padded, w.features,
                 threads, narrow, narrow_out,
             )  # fmt: skip
         elif w.format == "int4":

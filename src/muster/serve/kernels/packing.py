@@ -42,14 +42,12 @@ class Weights:
     """Plain: (N, K) floats, or whole numbers as int8. Packed: bytes of `LAYOUT`, with features and inputs filled up."""
     scale: Tensor | None = None
     """int8: (N,) fp32. int4 plain: (N, groups) bf16; packed: (panels, groups, 32)."""
-    sums: Tensor | None = None
-    """Packed int8: 128 times the sum of each feature's numbers, int32."""
     bias: Tensor | None = None
     """(N,) fp32."""
 
     def tensors(self) -> dict[str, Tensor]:
         """What there is, by name."""
-        named = {"weight": self.weight, "scale": self.scale, "sums": self.sums, "bias": self.bias}
+        named = {"weight": self.weight, "scale": self.scale, "bias": self.bias}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -97,12 +95,12 @@ def pack(plain: Weights) -> Weights:
     """Plain weights in the layout of the kernels."""
     if plain.packed:
         return plain
-    unit, scale, sums = _IN_UNIT[plain.format], plain.scale, None
+    unit, scale = _IN_UNIT[plain.format], plain.scale
     matrix = _filled(plain.weight, _PANEL, _MULTIPLE[plain.format])
     features, inputs = matrix.shape
     if plain.format == "int8":
         assert scale is not None
-        sums = matrix.sum(1, dtype=torch.int32) * 128
+        matrix = (matrix.to(torch.int16) + 128).to(torch.uint8)  # VNNI's first factor is unsigned
         scale = _filled(scale[None], 0, _PANEL)[0]
     if plain.format == "int4":
         assert scale is not None
@@ -115,7 +113,7 @@ def pack(plain: Weights) -> Weights:
     else:
         matrix = matrix.view(-1, _PANEL, inputs // unit, unit).transpose(1, 2)
     bias = None if plain.bias is None else _filled(plain.bias[None], 0, _PANEL)[0]
-    return replace(plain, packed=True, weight=matrix.contiguous(), scale=scale, sums=sums, bias=bias)
+    return replace(plain, packed=True, weight=matrix.contiguous(), scale=scale, bias=bias)
 
 
 def unpack(packed: Weights) -> Weights:
@@ -131,10 +129,12 @@ def unpack(packed: Weights) -> Weights:
         scale = scale.transpose(1, 2).flatten(0, 1)[:N, : -(-K // GROUP)].contiguous()
     else:
         matrix = matrix.transpose(1, 2)
+        if packed.format == "int8":
+            matrix = (matrix.to(torch.int16) - 128).to(torch.int8)
         scale = None if scale is None else scale[:N]
     plain = matrix.reshape(-(-N // _PANEL) * _PANEL, -1)[:N, :K].contiguous()
     bias = None if packed.bias is None else packed.bias[:N]
-    return replace(packed, packed=False, weight=plain, scale=scale, sums=None, bias=bias)
+    return replace(packed, packed=False, weight=plain, scale=scale, bias=bias)
 
 
 def floats(plain: Weights) -> Tensor:

@@ -83,7 +83,7 @@ void pair_values(const bfloat16* const* rows, uint32_t* paired, int64_t dim, int
 
 // c (rows, columns) = or += a (rows, units) times b (units, columns); columns are a multiple of 16.
 template <class T>
-void multiply(const char* a, int64_t a_stride, const uint32_t* b, int64_t units, float* c, int64_t rows,
+void multiply(const uint32_t* a, int64_t a_step, const uint32_t* b, int64_t units, float* c, int64_t rows,
               int64_t columns, bool add) {
   for (int64_t row = 0; row < rows; row += 4)
     with_count<4>(rows - row, [&]<int ROWS>() {
@@ -91,11 +91,15 @@ void multiply(const char* a, int64_t a_stride, const uint32_t* b, int64_t units,
         with_count<4>((columns - column) / 16, [&]<int VECTORS>() {
           float* at = c + row * columns + column;
           __m512 sums[ROWS][VECTORS];
+#pragma GCC unroll 16
           for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 16
             for (int v = 0; v < VECTORS; v++)
               sums[r][v] = add ? _mm512_loadu_ps(at + r * columns + 16 * v) : _mm512_setzero_ps();
-          product<T, ROWS, VECTORS>(a + row * a_stride, a_stride, b + column, columns, units, sums);
+          product<T, ROWS, VECTORS>(a + row * a_step, a_step, 1, b + column, columns, units, sums);
+#pragma GCC unroll 16
           for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 16
             for (int v = 0; v < VECTORS; v++) _mm512_storeu_ps(at + r * columns + 16 * v, sums[r][v]);
         });
     });
@@ -160,7 +164,7 @@ void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const int64
       value_rows[k] = values + at * dim;
     }
     turn_keys(key_rows, turned, units);
-    multiply<T>(reinterpret_cast<const char*>(queries), dim * sizeof(T), turned, units, scores, rows, KEYS, false);
+    multiply<T>(reinterpret_cast<const uint32_t*>(queries), units, turned, units, scores, rows, KEYS, false);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t newest = tile.position + r / group, oldest = shape.window ? newest - shape.window + 1 : 0;
       const float shrink = soften<T>(scores + r * KEYS, scale, from, oldest, newest, most[r], total[r]);
@@ -170,7 +174,7 @@ void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const int64
                            _mm512_mul_ps(_mm512_loadu_ps(sums + r * padded + d), _mm512_set1_ps(shrink)));
     }
     pair_values(value_rows, paired, dim, padded);
-    multiply<T>(reinterpret_cast<const char*>(scores), KEYS * 4, paired, KEYS / in_unit<T>, sums, rows, padded, true);
+    multiply<T>(reinterpret_cast<const uint32_t*>(scores), KEYS, paired, KEYS / in_unit<T>, sums, rows, padded, true);
   }
   for (int64_t r = 0; r < rows; r++) {
     T* to = out + (tile.token + r / group) * shape.heads * dim + (tile.kv_head * group + r % group) * dim;

@@ -56,14 +56,24 @@ inline void store(void* to, int64_t index, __m512 x, __mmask16 lanes, bool narro
 template <class T>
 constexpr int64_t in_unit = 4 / sizeof(T);
 
+// The two instructions that everything rests on are written out, because GCC copies and spills around its builtins
+// for them: 1.5 times slower loops.
+
+// sum + the four products of unsigned a and signed b, in each lane.
+inline __attribute__((always_inline)) __m512i multiply_add(__m512i sum, __m512i a, __m512i b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+
 // sum + a * b, over the one or two numbers of each lane's unit.
 template <class T>
-inline __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
+inline __attribute__((always_inline)) __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
   if constexpr (std::is_same_v<T, float>) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
   } else {
 #ifdef __AVX512BF16__
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
 #else
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
     sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)),

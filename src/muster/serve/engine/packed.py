@@ -7,7 +7,7 @@ The embedding, norms, learned positions and experts stay as they are; the head f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from muster.model.mlp import MLP
 from muster.model.moe import MoE
 from muster.model.spec import TransformerSpec
 from muster.model.transformer import Norm, Transformer, named_tensors
+from muster.serve.engine.hugepages import HugePages
 from muster.serve.kernels.packing import Format, Weights, pack, quantize
 
 
@@ -45,13 +46,19 @@ def pack_model(
         raise ValueError("only a whole model can be packed, not a stretch of its layers")
     compute = torch.float32 if format == "fp32" else torch.bfloat16
     linears: dict[str, Weights] = {}
+    pages = HugePages()
     tensors: dict[str, Tensor] = {"embed": model.embed.weight.to(compute)}
 
-    def add(name: str, parts: list[nn.Linear], format: Format = format) -> None:
-        weight = torch.cat([part.weight for part in parts])
-        bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+    def put(name: str, weight: Tensor, bias: Tensor | None, format: Format) -> None:
         plain = quantize(weight, bias, format)
-        linears[name] = pack(plain) if packed else plain
+        if packed:
+            kept = pack(plain)
+            plain = replace(kept, **{part: pages.place(tensor) for part, tensor in kept.tensors().items()})
+        linears[name] = plain
+
+    def add(name: str, parts: list[nn.Linear]) -> None:
+        weight = torch.cat([part.weight for part in parts])
+        put(name, weight, None if parts[0].bias is None else torch.cat([part.bias for part in parts]), format)
 
     def add_norm(name: str, norm: Norm | None) -> None:
         if norm is not None:
@@ -80,7 +87,6 @@ def pack_model(
             add(f"{at}.down", [block.mlp.down])
     add_norm("norm", model.norm)
     table = model.embed.weight if model.head is None else model.head.weight
-    plain = quantize(table, None, head or format)
-    linears["head"] = pack(plain) if packed else plain
+    put("head", table, None, head or format)
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     return PackedModel(spec=spec, format=format, compute=compute, linears=linears, tensors=contiguous)

@@ -1,4 +1,4 @@
-"""Packed weights on disk: one safetensors file that is mapped at start, so that nothing is quantised then.
+"""Packed weights on disk: one safetensors file that is read at start as it lies, so that nothing is quantised then.
 
 It lies beside the model that it was made from, knows that model by a digest and the kernels' layout by name, and
 carries a checksum over all of it. Tensors begin at multiples of 64 bytes, which the kernels read fastest.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import secrets
 import zlib
@@ -22,6 +21,7 @@ from torch import Tensor
 from muster.errors import UsageError
 from muster.model.folder import PACKED_PREFIX, load_folder
 from muster.model.spec import TransformerSpec
+from muster.serve.engine.hugepages import huge_bytes
 from muster.serve.engine.packed import PackedModel, pack_model
 from muster.serve.kernels.packing import LAYOUT, Format, Weights
 
@@ -31,6 +31,7 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+_PIECE_BYTES = 4 << 20
 
 
 def packed_path(folder: Path, format: Format) -> Path:
@@ -48,7 +49,7 @@ def open_packed(folder: Path, format: Format) -> tuple[PackedModel, str]:
     why = "it was not packed yet"
     if path.exists():
         try:
-            return read_packed(path, source), f"mapped {path.name}"
+            return read_packed(path, source), f"read from {path.name}"
         except UsageError as error:
             why = str(error)
     dtype = torch.float32 if format == "fp32" else torch.bfloat16
@@ -120,16 +121,24 @@ def write_packed(model: PackedModel, path: Path, source: str) -> None:
 
 
 def read_packed(path: Path, source: str | None = None) -> PackedModel:
-    """Map a packed model. UsageError where it is damaged, of another layout, or not made from `source`."""
+    """A packed model, read into huge pages. UsageError where it is damaged, of another layout, or not made from `source`."""
     try:
-        with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private; torch wants it writable
-        begin = 8 + int.from_bytes(mapped[:8], "little")
-        index = json.loads(mapped[8:begin])
-        metadata = index.pop("__metadata__")
-        about = json.loads(metadata["muster"])
-        with memoryview(mapped) as whole, whole[begin:] as data:
-            checksum = zlib.crc32(data, _checksum(about, index))
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            header_bytes = int.from_bytes(file.read(8), "little")
+            index = json.loads(file.read(min(header_bytes, size)))
+            metadata = index.pop("__metadata__")
+            about = json.loads(metadata["muster"])
+            if max(entry["data_offsets"][1] for entry in index.values()) != size - 8 - header_bytes:
+                raise ValueError("its size is not as its header says")
+            data = huge_bytes(size - 8 - header_bytes)
+            checksum = _checksum(about, index)
+            with memoryview(data.numpy()) as room:
+                for begin in range(0, len(room), _PIECE_BYTES):  # summed while the cache still holds it
+                    piece = room[begin : begin + _PIECE_BYTES]
+                    if file.readinto(piece) != len(piece):
+                        raise ValueError("it is cut off")
+                    checksum = zlib.crc32(piece, checksum)
         if metadata["crc32"] != f"{checksum:08x}":
             raise ValueError("its checksum differs")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -138,11 +147,10 @@ def read_packed(path: Path, source: str | None = None) -> PackedModel:
         raise UsageError(f"{path} has the layout {about['layout']}, and the kernels have {LAYOUT}")
     if source is not None and about["source"] != source:
         raise UsageError(f"{path} was packed from other weights than are in its folder now")
-    flat = torch.frombuffer(mapped, dtype=torch.uint8)
     tensors: dict[str, Tensor] = {}
     for name, entry in index.items():
         first, last = entry["data_offsets"]
-        part = flat[begin + first : begin + last].view(_DTYPES[entry["dtype"]])
+        part = data[first:last].view(_DTYPES[entry["dtype"]])
         tensors[name] = part.view(entry["shape"])
     linears = {
         name: Weights(

@@ -3,7 +3,8 @@
     python benchmarks/serve_kernels_cpu.py [--shape m160|1b] [--formats bf16 int8 int4] [--repeats N] [--json FILE]
 
 A fixed batch of sequences decodes greedily after a prompt, with random weights and random page tables; prefill is one
-prompt alone, in chunks of 512. The best of the repeats counts, because other jobs on the machine only ever make a step slower; their load is printed.
+prompt alone, in chunks of 512. The best of the repeats counts, because other jobs on the machine only ever make a
+step slower; their load is printed.
 The share of memory bandwidth is that of the weights that a step has to read, of a read of memory measured by the same
 process. At batch 1 that is what bounds decoding.
 """
@@ -13,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
-import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -25,9 +24,9 @@ from cells import machine
 
 from muster.model.spec import TransformerSpec
 from muster.model.transformer import Transformer, materialize
-from muster.serve.engine.batch import Batch, PagedCache
+from muster.serve.engine.batch import Batch
 from muster.serve.engine.network import TransformerNetwork
-from muster.serve.engine.packed import PackedModel, pack_model
+from muster.serve.engine.packed import pack_model
 from muster.serve.kernels.ops import choose_kernels
 
 SHAPES = {
@@ -46,9 +45,13 @@ CHUNK_TOKENS = 512
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="m160")
-    parser.add_argument("--formats", nargs="+", choices=("fp32", "bf16", "int8", "int4"), default=["bf16", "int8", "int4"])
+    parser.add_argument(
+        "--formats", nargs="+", choices=("fp32", "bf16", "int8", "int4"), default=["bf16", "int8", "int4"]
+    )
     parser.add_argument("--prompt", type=int, default=128, help="tokens of context before decoding")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt that is timed")
     parser.add_argument("--steps", type=int, default=16)
@@ -61,7 +64,9 @@ def main() -> None:
     spec = SHAPES[arguments.shape]
     print(f"{arguments.shape}: {spec.parameters() / 1e6:.0f} M parameters, {arguments.threads} threads, "
           f"read bandwidth {bandwidth / 1e9:.1f} GB/s, load {os.getloadavg()[0]:.1f}")  # fmt: skip
-    print(f"{'format':>6}{'batch':>7}{'decode tok/s':>14}{'step ms':>9}{'bandwidth':>11}{'prefill tok/s':>15}{'load':>7}")
+    print(
+        f"{'format':>6}{'batch':>7}{'decode tok/s':>14}{'step ms':>9}{'bandwidth':>11}{'prefill tok/s':>15}{'load':>7}"
+    )
     torch.manual_seed(0)
     model = materialize(spec, lambda name, shape: _random(name, shape), dtype=torch.bfloat16)
     rows = []
@@ -75,7 +80,9 @@ def main() -> None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure(model: Transformer, format: Any, arguments: argparse.Namespace, bandwidth: float) -> list[dict[str, Any]]:
+def measure(
+    model: Transformer, format: Any, arguments: argparse.Namespace, bandwidth: float
+) -> list[dict[str, Any]]:
     compute = torch.float32 if format == "fp32" else torch.bfloat16
     kernels, reason = choose_kernels(compute)
     packed = pack_model(model, format)

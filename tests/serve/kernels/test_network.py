@@ -33,7 +33,10 @@ def model_of(case: str, folder: Path) -> Transformer:
 
 
 def stepwise(
-    network: TransformerNetwork, tokens: Tensor, schedule: Sequence[Sequence[int]], cache: PagedCache | None = None
+    network: TransformerNetwork,
+    tokens: Tensor,
+    schedule: Sequence[Sequence[int]],
+    cache: PagedCache | None = None,
 ) -> Tensor:
     """Logits (3, T, V) of tokens (3, T) that arrive as in `schedule`."""
     table = random_table(3, tokens.shape[1], BLOCK_TOKENS)
@@ -45,7 +48,10 @@ def stepwise(
     for lengths in schedule:
         rows = [s for s in range(3) if lengths[s] > before[s]]
         batch = ragged(
-            [tokens[s, : lengths[s]] for s in rows], [lengths[s] - before[s] for s in rows], table[rows], BLOCK_TOKENS
+            [tokens[s, : lengths[s]] for s in rows],
+            [lengths[s] - before[s] for s in rows],
+            table[rows],
+            BLOCK_TOKENS,
         )
         parts = network.logits(batch, cache).split([lengths[s] - before[s] for s in rows])
         for s, part in zip(rows, parts, strict=True):

@@ -23,7 +23,9 @@ SHAPES = [(64, 64), (33, 100), (7, 10), (257, 48), (96, 768), (1, 2)]
 
 def assert_close(found: Tensor, exact: Tensor, tolerance: float) -> None:
     assert found.shape == exact.shape
-    assert float((found.double() - exact.double()).abs().max()) <= tolerance * float(exact.double().abs().max())
+    assert float((found.double() - exact.double()).abs().max()) <= tolerance * float(
+        exact.double().abs().max()
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,7 +78,9 @@ def test_rows_do_not_depend_on_their_neighbours(library: ctypes.CDLL, format: Fo
 
 def test_zero_rows_stay_zero(library: ctypes.CDLL) -> None:
     for format in ("int8", "int4"):
-        linear = Native(library, torch.float32).linear(quantize(torch.randn(9, 33), None, format), torch.float32)
+        linear = Native(library, torch.float32).linear(
+            quantize(torch.randn(9, 33), None, format), torch.float32
+        )
         assert not linear(torch.zeros(3, 33)).any()
 
 
@@ -85,7 +89,11 @@ def test_add_norm(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     native, reference = Native(library, dtype), Reference(dtype)
     for rows, width in ((1, 1), (3, 48), (67, 100), (5, 768), (64, 1024)):
-        x, residual, weight = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(dtype), torch.rand(width)
+        x, residual, weight = (
+            torch.randn(rows, width).to(dtype),
+            torch.randn(rows, width).to(dtype),
+            torch.rand(width),
+        )
         for added in (None, residual):
             mine, theirs = x.clone(), x.clone()
             found, exact = (
@@ -152,25 +160,28 @@ def _spoil_unused(pages: Tensor, lengths: tuple[int, ...], table: Tensor, block_
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_is_the_same_bits_however_it_is_cut(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "heads", [Heads(heads=6, kv_heads=2, dim=64), Heads(heads=4, kv_heads=4, dim=20, window=33)]
+)
+def test_attention_is_the_same_bits_however_it_is_cut(
+    library: ctypes.CDLL, dtype: torch.dtype, heads: Heads
+) -> None:
     torch.manual_seed(0)
-    kernels = Native(library, dtype)
-    for heads in (Heads(heads=6, kv_heads=2, dim=64), Heads(heads=4, kv_heads=4, dim=20, window=33)):
-        table = random_table(3, 150, 16)
-        sequences = [torch.zeros(n, dtype=torch.int64) for n in (150, 90, 141)]
-        keys, values = torch.randn(2, table.numel(), heads.kv_heads, 16, heads.dim).to(dtype)
-        qkv = torch.randn(150, (heads.heads + 2 * heads.kv_heads) * heads.dim).to(dtype)
+    kernels, table = Native(library, dtype), random_table(2, 150, 16)
+    tokens, others = torch.zeros(150, dtype=torch.int64), torch.zeros(90, dtype=torch.int64)
+    keys, values = torch.randn(2, table.numel(), heads.kv_heads, 16, heads.dim).to(dtype)
+    qkv = torch.randn(150, (heads.heads + 2 * heads.kv_heads) * heads.dim).to(dtype)
 
-        def attend(length: int, count: int) -> Tensor:
-            """The last `count` of the first sequence's first `length` tokens, with another one's token before it."""
-            batch = ragged([sequences[1], sequences[0][:length]], (1, count), table[[1, 0]], 16)
-            rows = torch.cat([qkv[:1], qkv[length - count : length]])
-            return kernels.attend(rows, heads, batch, keys, values)[1:]  # noqa: B023
+    def attend(length: int, count: int) -> Tensor:
+        """The last `count` of a sequence's first `length` tokens, with another sequence's token before it."""
+        batch = ragged([others, tokens[:length]], (1, count), table, 16)
+        rows = torch.cat([qkv[:1], qkv[length - count : length]])
+        return kernels.attend(rows, heads, batch, keys, values)[1:]
 
-        whole = attend(150, 150)
-        for cut in (1, 7, 64, 149):
-            assert torch.equal(torch.cat([attend(cut, cut), attend(150, 150 - cut)]), whole)
-        assert torch.equal(torch.cat([attend(n, 1) for n in range(1, 151)]), whole)
+    whole = attend(150, 150)
+    for cut in (1, 7, 64, 149):
+        assert torch.equal(torch.cat([attend(cut, cut), attend(150, 150 - cut)]), whole)
+    assert torch.equal(torch.cat([attend(n, 1) for n in range(1, 151)]), whole)
 
 
 def test_a_batch_that_leaves_its_cache_is_refused(library: ctypes.CDLL) -> None:
@@ -199,10 +210,15 @@ def test_a_batch_that_leaves_its_cache_is_refused(library: ctypes.CDLL) -> None:
 def test_what_does_not_fit_is_refused(library: ctypes.CDLL) -> None:
     kernels = Native(library, torch.bfloat16)
     linear = kernels.linear(quantize(torch.randn(8, 16), None, "bf16"), torch.bfloat16)
-    for wrong in (torch.zeros(2, 17).bfloat16(), torch.zeros(2, 16), torch.zeros(16).bfloat16(), torch.zeros(2, 16).half()):
+    for wrong in (
+        torch.zeros(2, 17).bfloat16(),
+        torch.zeros(2, 16),
+        torch.zeros(16).bfloat16(),
+        torch.zeros(2, 16).half(),
+    ):
         with pytest.raises(TypeError):
             linear(wrong)
-    with pytest.raises(TypeError, match="fp16|float16"):
+    with pytest.raises(TypeError, match="float16"):
         Native(library, torch.float16)
     with pytest.raises(TypeError, match="contiguous"):
         kernels.add_norm(torch.zeros(4, 3).bfloat16().t(), None, torch.ones(4), 1e-5)

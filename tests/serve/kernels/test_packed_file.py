@@ -83,7 +83,7 @@ def test_every_flipped_bit_is_found(folder: Path) -> None:
         damaged = bytearray(sound)
         damaged[place] ^= 1 << (place % 8)
         path.write_bytes(damaged)
-        with pytest.raises(UsageError, match="damaged|layout"):
+        with pytest.raises(UsageError, match="damaged"):
             read_packed(path)
 
 

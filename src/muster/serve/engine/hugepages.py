@@ -6,6 +6,7 @@ A decoding step reads every weight once, and the processor's prefetching stops a
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import torch
@@ -20,10 +21,8 @@ def huge_bytes(count: int) -> Tensor:
     """`count` bytes, uint8, which begin a huge page; zeros."""
     mapped = mmap.mmap(-1, count + _PAGE_BYTES)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without them: ordinary pages do
             mapped.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without them; ordinary pages do
     whole = torch.frombuffer(mapped, dtype=torch.uint8)
     begin = -whole.data_ptr() % _PAGE_BYTES
     return whole[begin : begin + count]

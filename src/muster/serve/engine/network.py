@@ -7,6 +7,7 @@ N new tokens, W wanted rows, H heads, K kv heads, D head dim, E width, V vocab.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from muster.model.moe import MoE
 from muster.model.rope import rotation_at
 from muster.model.transformer import Transformer
 from muster.serve.engine.batch import Batch, PagedCache
+from muster.serve.engine.hugepages import huge_bytes
 from muster.serve.engine.packed import PackedModel, pack_model
 from muster.serve.kernels.ops import Kernels, choose_kernels
 from muster.serve.kernels.packing import Format
@@ -50,10 +52,13 @@ class TransformerNetwork:
     def new_cache(self, blocks: int, block_tokens: int) -> PagedCache:
         """An empty cache of the type that this network writes."""
         shape = (blocks, self.spec.kv_heads, block_tokens, self.spec.head_dim)
-        keys, values = (
-            tuple(torch.zeros(shape, dtype=self.compute, device=self.device) for _ in range(self.spec.layers))
-            for _ in range(2)
-        )
+
+        def pages() -> Tensor:
+            if self.device.type != "cpu":
+                return torch.zeros(shape, dtype=self.compute, device=self.device)
+            return huge_bytes(math.prod(shape) * self.compute.itemsize).view(self.compute).view(shape)
+
+        keys, values = (tuple(pages() for _ in range(self.spec.layers)) for _ in range(2))
         return PagedCache(keys=keys, values=values)
 
     @torch.inference_mode()
@@ -79,9 +84,7 @@ class _Layer:
     def __init__(self, model: PackedModel, kernels: Kernels, layer: int) -> None:
         spec, at = model.spec, f"layers.{layer}"
         self._kernels = kernels
-        self._heads = Heads(
-            heads=spec.heads, kv_heads=spec.kv_heads, dim=spec.head_dim, window=spec.window
-        )
+        self._heads = Heads(heads=spec.heads, kv_heads=spec.kv_heads, dim=spec.head_dim, window=spec.window)
         self._qk_norm: QKNorm | None = None
         if spec.qk_norm:
             q, k = (model.tensors[f"{at}.{name}_norm.weight"].to(kernels.device) for name in "qk")

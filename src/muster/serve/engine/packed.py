@@ -1,13 +1,13 @@
 """A model's weights as the engine multiplies with them: q, k, v and gate, up in one matrix each, in a serving format.
 
 Made from a `Transformer`'s own parameters. Names are those of the model, with `qkv` and `gate_up` for what was fused.
-The embedding, norms, learned positions and experts stay as they are; the head follows the format.
+The embedding, norms, learned positions and experts stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ class PackedModel:
 def pack_model(
     model: Transformer, format: Format, *, head: Format | None = None, packed: bool = True
 ) -> PackedModel:
-    """A whole model in a format. int8 and int4 compute in bf16; `head`: the head's own format.
+    """A whole model in a format. int8 and int4 compute in bf16; `head`: the head's format, int8 for int4 models,
+    because rounding the head to 4 bits costs more than all other layers (`benchmarks/serve_quality_cpu.py`).
 
     With `packed` the linear layers are in the kernels' layout. Raises ValueError for a stretch of a model.
     """
@@ -53,7 +54,7 @@ def pack_model(
         plain = quantize(weight, bias, format)
         if packed:
             kept = pack(plain)
-            plain = replace(kept, **{part: pages.place(tensor) for part, tensor in kept.tensors().items()})
+            plain = kept.map(pages.place)
         linears[name] = plain
 
     def add(name: str, parts: list[nn.Linear]) -> None:
@@ -76,10 +77,9 @@ def pack_model(
         add_norm(f"{at}.q_norm", attention.q_norm)
         add_norm(f"{at}.k_norm", attention.k_norm)
         if isinstance(block.mlp, MoE):
-            for name, tensor in block.mlp.named_parameters():
-                tensors[f"{at}.moe.{name}"] = tensor.to(compute)
-            for name, tensor in block.mlp.named_buffers():
-                tensors[f"{at}.moe.{name}"] = tensor
+            trained = {name for name, _ in block.mlp.named_parameters()}
+            for name, tensor in named_tensors(block.mlp):
+                tensors[f"{at}.moe.{name}"] = tensor.to(compute) if name in trained else tensor
         else:
             assert isinstance(block.mlp, MLP)
             gate = [] if block.mlp.gate is None else [block.mlp.gate]
@@ -87,6 +87,6 @@ def pack_model(
             add(f"{at}.down", [block.mlp.down])
     add_norm("norm", model.norm)
     table = model.embed.weight if model.head is None else model.head.weight
-    put("head", table, None, head or format)
+    put("head", table, None, head or ("int8" if format == "int4" else format))
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     return PackedModel(spec=spec, format=format, compute=compute, linears=linears, tensors=contiguous)

@@ -121,7 +121,7 @@ def write_packed(model: PackedModel, path: Path, source: str) -> None:
 
 
 def read_packed(path: Path, source: str | None = None) -> PackedModel:
-    """A packed model, read into huge pages. UsageError where it is damaged, of another layout, or not made from `source`."""
+    """A packed model, read into huge pages. UsageError where it is damaged, of another layout, or not from `source`."""
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -133,7 +133,7 @@ def read_packed(path: Path, source: str | None = None) -> PackedModel:
                 raise ValueError("its size is not as its header says")
             data = huge_bytes(size - 8 - header_bytes)
             checksum = _checksum(about, index)
-            with memoryview(data.numpy()) as room:
+            with _bytes(data) as room:
                 for begin in range(0, len(room), _PIECE_BYTES):  # summed while the cache still holds it
                     piece = room[begin : begin + _PIECE_BYTES]
                     if file.readinto(piece) != len(piece):
@@ -170,4 +170,4 @@ def _checksum(about: dict[str, Any], index: dict[str, Any]) -> int:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)

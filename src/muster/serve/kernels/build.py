@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "cpp"
-# -ffp-contract=off: what is fused is written out, so that copies of a kernel for few and for many rows agree bit by bit.
+# -ffp-contract=off: what is fused is written out, so that a kernel's copies for few and for many rows agree bit by bit.
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-w")
 REQUIRED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 _TIMEOUT_S = 300.0

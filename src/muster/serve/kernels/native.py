@@ -142,8 +142,9 @@ class Native:
         if norm is not None:
             _checked_fp32(norm.q, heads.dim)
             _checked_fp32(norm.k, heads.dim)
+        q, k = (norm.q, norm.k) if norm else (None, None)
         self._library.rotate_store(
-            qkv.data_ptr(), _pointer(cos), _pointer(sin), _pointer(norm and norm.q), _pointer(norm and norm.k),
+            qkv.data_ptr(), _pointer(cos), _pointer(sin), _pointer(q), _pointer(k),
             norm.eps if norm else 0.0, slots.data_ptr(), keys.data_ptr(), values.data_ptr(), len(qkv), heads.heads,
             heads.kv_heads, heads.dim, keys.shape[2], torch.get_num_threads(), qkv.dtype == torch.bfloat16,
         )  # fmt: skip
@@ -183,7 +184,9 @@ def _pointer(tensor: Tensor | None) -> int | None:
 def _checked(x: Tensor, width: int, *, exact: bool = False) -> Tensor:
     """x (N, width) as the kernels take it; with `exact`, it must already be so, since it is changed in place."""
     if x.dtype not in _FLOATS or x.device.type != "cpu" or x.dim() != 2 or x.shape[1] != width:
-        raise TypeError(f"expected (N, {width}) in fp32 or bf16 on the CPU, got {tuple(x.shape)} in {x.dtype}")
+        raise TypeError(
+            f"expected (N, {width}) in fp32 or bf16 on the CPU, got {tuple(x.shape)} in {x.dtype}"
+        )
     if exact and not x.is_contiguous():
         raise TypeError("what is changed in place must be contiguous")
     return x.contiguous()

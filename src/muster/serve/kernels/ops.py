@@ -45,7 +45,9 @@ def choose_kernels(compute: torch.dtype, device: torch.device | str = "cpu") -> 
     """(the fastest operations that this machine has for a device and type, why). May compile for some seconds."""
     device = torch.device(device)
     if device.type != "cpu":
-        return Reference(compute, device), f"torch operations: the C++ kernels are for CPUs, not for {device.type}"
+        return Reference(
+            compute, device
+        ), f"torch operations: the C++ kernels are for CPUs, not for {device.type}"
     try:
         library, origin = load_library()
     except Unavailable as reason:

@@ -10,6 +10,7 @@ N output features, K inputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -49,6 +50,11 @@ class Weights:
         """What there is, by name."""
         named = {"weight": self.weight, "scale": self.scale, "bias": self.bias}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
+        """The same with each tensor replaced."""
+        scale, bias = (None if tensor is None else function(tensor) for tensor in (self.scale, self.bias))
+        return replace(self, weight=function(self.weight), scale=scale, bias=bias)
 
 
 def quantize(weight: Tensor, bias: Tensor | None, format: Format) -> Weights:

@@ -19,7 +19,9 @@ from muster.serve.kernels.shape import Heads, QKNorm, Rotation
 class ReferenceLinear:
     """x (N, inputs) to (N, features). Quantised weights are kept as floats of the type that is computed in."""
 
-    def __init__(self, weights: Weights, out: torch.dtype, compute: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, weights: Weights, out: torch.dtype, compute: torch.dtype, device: torch.device
+    ) -> None:
         plain = unpack(weights)
         self._rounds = plain.format in ("int8", "int4")
         self._weight = floats(plain).to(device, compute)
@@ -74,8 +76,10 @@ class Reference:
         """Norm and rotate the queries of qkv (N, (H + 2 K) D) in place, and the keys, which with the values go to
         `slots` (N,) of a layer's pages (blocks, K, block_tokens, D)."""
         q, k, v = (
-            part.unflatten(-1, (-1, heads.dim))  # (N, heads, D)
-            for part in qkv.split([n * heads.dim for n in (heads.heads, heads.kv_heads, heads.kv_heads)], -1)
+            part.view(len(qkv), -1, heads.dim)  # (N, heads, D)
+            for part in torch.split(
+                qkv, [n * heads.dim for n in (heads.heads, heads.kv_heads, heads.kv_heads)], -1
+            )
         )
         turned_q, turned_k = q.float(), k.float()
         if norm is not None:
@@ -91,7 +95,7 @@ class Reference:
 
     def attend(self, qkv: Tensor, heads: Heads, batch: Batch, keys: Tensor, values: Tensor) -> Tensor:
         """Attention (N, H D) of the queries in qkv over their sequences' pages, causal, within the window."""
-        q = qkv[:, : heads.heads * heads.dim].unflatten(-1, (heads.kv_heads, heads.group, heads.dim))
+        q = qkv[:, : heads.heads * heads.dim].view(-1, heads.kv_heads, heads.group, heads.dim)
         out = torch.empty_like(q)
         counts = batch.starts.diff()
         single = counts == 1

@@ -49,10 +49,45 @@ void transpose(__m512i (&r)[16]) {
   }
 }
 
+// Where the keys and values of 64 positions lie.
+template <class T>
+struct Rows {
+  const T *keys[KEYS], *values[KEYS];
+};
+
+// Finds the rows of positions `from` on. What lies behind `end` is `nothing`, since what a page holds there may be no
+// number.
+template <class T>
+void find_rows(Rows<T>& rows, int64_t from, int64_t end, const Tile& tile, const Shape& shape, const int64_t* blocks,
+               const T* keys, const T* values, const T* nothing) {
+  int64_t k = 0;
+  while (k < KEYS && from + k < end) {
+    const int64_t page = (from + k) / shape.block_tokens, offset = (from + k) % shape.block_tokens;
+    const int64_t count = std::min({shape.block_tokens - offset, KEYS - k, end - from - k});
+    const int64_t at =
+        ((blocks[page] * shape.kv_heads + tile.kv_head) * shape.block_tokens + offset) * shape.dim;
+    for (int64_t i = 0; i < count; i++, k++) {
+      rows.keys[k] = keys + at + i * shape.dim;
+      rows.values[k] = values + at + i * shape.dim;
+    }
+  }
+  for (; k < KEYS; k++) rows.keys[k] = rows.values[k] = nothing;
+}
+
+// Has memory bring a row that the next block will need. Done row by row while this block is worked on: all at once,
+// they would wait for each other.
+template <class T>
+void fetch(const T* row, int64_t dim) {
+  for (int64_t line = 0; line < dim * static_cast<int64_t>(sizeof(T)); line += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(row) + line, _MM_HINT_T0);
+}
+
 // 64 rows of keys to [unit of D][64].
 template <class T>
-void turn_keys(const T* const* rows, uint32_t* turned, int64_t units) {
-  for (int64_t k = 0; k < KEYS; k += 16)
+void turn_keys(const T* const* rows, const T* const* next, uint32_t* turned, int64_t dim) {
+  const int64_t units = dim / in_unit<T>;
+  for (int64_t k = 0; k < KEYS; k += 16) {
+    for (int i = 0; i < 16; i++) fetch(next[k + i], dim);
     for (int64_t u = 0; u < units; u += 16) {
       const __mmask16 lanes = first(units - u);
       __m512i block[16];
@@ -62,23 +97,30 @@ void turn_keys(const T* const* rows, uint32_t* turned, int64_t units) {
       for (int64_t i = 0; i < std::min<int64_t>(16, units - u); i++)
         _mm512_storeu_si512(turned + (u + i) * KEYS + k, block[i]);
     }
+  }
 }
 
 // 64 rows of values to [unit of keys][padded]: for bf16, neighbouring keys' values side by side.
-void pair_values(const float* const* rows, uint32_t* paired, int64_t dim, int64_t padded) {
-  for (int64_t k = 0; k < KEYS; k++)
+void pair_values(const float* const* rows, const float* const* next, uint32_t* paired, int64_t dim, int64_t padded) {
+  for (int64_t k = 0; k < KEYS; k++) {
+    fetch(next[k], dim);
     for (int64_t d = 0; d < padded; d += 16)
       _mm512_storeu_ps(paired + k * padded + d, load(rows[k] + d, first(dim - d)));
+  }
 }
 
-void pair_values(const bfloat16* const* rows, uint32_t* paired, int64_t dim, int64_t padded) {
-  for (int64_t k = 0; k < KEYS; k += 2)
+void pair_values(const bfloat16* const* rows, const bfloat16* const* next, uint32_t* paired, int64_t dim,
+                 int64_t padded) {
+  for (int64_t k = 0; k < KEYS; k += 2) {
+    fetch(next[k], dim);
+    fetch(next[k + 1], dim);
     for (int64_t d = 0; d < padded; d += 16) {
       const __mmask16 lanes = first(dim - d);
       const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, rows[k] + d));
       const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, rows[k + 1] + d));
       _mm512_storeu_si512(paired + k / 2 * padded + d, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
     }
+  }
 }
 
 // c (rows, columns) = or += a (rows, units) times b (units, columns); columns are a multiple of 16.
@@ -143,7 +185,7 @@ void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const int64
   uint32_t *turned = scratch(kept_keys, units * KEYS), *paired = scratch(kept_values, KEYS * padded);
   float *scores = scratch(kept_scores, rows * KEYS), *sums = scratch(kept_sums, rows * padded);
   T* queries = scratch(kept_queries, rows * dim);
-  nothing.resize(dim);  // zeros, in place of keys that are not there: what a page holds there may be no number
+  nothing.resize(dim);  // zeros
   std::vector<float> most(rows, NOTHING), total(rows, 0.f);
   std::fill(sums, sums + rows * padded, 0.f);
   for (int64_t t = 0; t < tile.tokens; t++)
@@ -152,18 +194,12 @@ void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const int64
   const float scale = 1.f / std::sqrt(static_cast<float>(dim));
   const int64_t end = tile.position + tile.tokens;
   const int64_t begin = shape.window ? std::max<int64_t>(0, tile.position - shape.window + 1) / KEYS * KEYS : 0;
+  Rows<T> rows_now, rows_next;
+  find_rows(rows_next, begin, end, tile, shape, blocks, keys, values, nothing.data());
   for (int64_t from = begin; from < end; from += KEYS) {
-    const T *key_rows[KEYS], *value_rows[KEYS];
-    for (int64_t k = 0; k < KEYS; k++) {
-      const int64_t position = from + k;
-      key_rows[k] = value_rows[k] = nothing.data();
-      if (position >= end) continue;
-      const int64_t block = blocks[position / shape.block_tokens];
-      const int64_t at = (block * shape.kv_heads + tile.kv_head) * shape.block_tokens + position % shape.block_tokens;
-      key_rows[k] = keys + at * dim;
-      value_rows[k] = values + at * dim;
-    }
-    turn_keys(key_rows, turned, units);
+    rows_now = rows_next;
+    find_rows(rows_next, from + KEYS, end, tile, shape, blocks, keys, values, nothing.data());
+    turn_keys(rows_now.keys, rows_next.keys, turned, dim);
     multiply<T>(reinterpret_cast<const uint32_t*>(queries), units, turned, units, scores, rows, KEYS, false);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t newest = tile.position + r / group, oldest = shape.window ? newest - shape.window + 1 : 0;
@@ -173,7 +209,7 @@ void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const int64
           _mm512_storeu_ps(sums + r * padded + d,
                            _mm512_mul_ps(_mm512_loadu_ps(sums + r * padded + d), _mm512_set1_ps(shrink)));
     }
-    pair_values(value_rows, paired, dim, padded);
+    pair_values(rows_now.values, rows_next.values, paired, dim, padded);
     multiply<T>(reinterpret_cast<const uint32_t*>(scores), KEYS, paired, KEYS / in_unit<T>, sums, rows, padded, true);
   }
   for (int64_t r = 0; r < rows; r++) {

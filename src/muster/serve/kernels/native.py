@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muster.serve.engine.batch import Batch, PagedCache
-from muster.serve.kernels.packing import Weights, pack
+from muster.serve.kernels.packing import IN_UNIT, Weights, pack
 from muster.serve.kernels.shape import Heads, QKNorm, Rotation
 
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -57,16 +57,16 @@ class NativeLinear:
         assert all(tensor.is_contiguous() for tensor in self._weights.tensors().values())
         w = self._weights
         self._pointers = [_pointer(t) for t in (w.weight, w.scale, w.bias)]
-        self._padded = w.weight.shape[1] * {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}[w.format]
+        self._padded = w.weight.shape[1] * IN_UNIT[w.format]
+        self._narrow_out = int(out == torch.bfloat16)
         self._group = self._padded // w.scale.shape[1] if w.scale is not None and w.format == "int4" else 0
 
     def __call__(self, x: Tensor) -> Tensor:
         w, (weight, scale, bias) = self._weights, self._pointers
         x = _checked(x, w.inputs)
-        out = torch.empty(len(x), w.features, dtype=self._out)
+        out = x.new_empty((x.shape[0], w.features), dtype=self._out)
         threads, narrow = torch.get_num_threads(), int(x.dtype == torch.bfloat16)
-        narrow_out = int(self._out == torch.bfloat16)
-        rows = len(x)
+        narrow_out, rows = self._narrow_out, x.shape[0]
         if w.format == "int8":
             self._library.linear_int8(
                 x.data_ptr(), weight, scale, bias, out.data_ptr(), rows, w.inputs, self._padded, w.features,
@@ -183,7 +183,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _checked(x: Tensor, width: int, *, exact: bool = False) -> Tensor:
     """x (N, width) as the kernels take it; with `exact`, it must already be so, since it is changed in place."""
-    if x.dtype not in _FLOATS or x.device.type != "cpu" or x.dim() != 2 or x.shape[1] != width:
+    if x.dtype not in _FLOATS or not x.is_cpu or x.dim() != 2 or x.shape[1] != width:
         raise TypeError(
             f"expected (N, {width}) in fp32 or bf16 on the CPU, got {tuple(x.shape)} in {x.dtype}"
         )

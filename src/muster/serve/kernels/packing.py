@@ -26,7 +26,8 @@ LAYOUT = "panels-of-32-v1"
 8 int4) at a time. Written into files of packed weights."""
 GROUP = 32
 _PANEL = 32
-_IN_UNIT = {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}
+IN_UNIT = {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}
+"""Inputs in a 32-bit unit of the layout."""
 _MULTIPLE = {"fp32": 1, "bf16": 2, "int8": 64, "int4": 64}
 """What inputs are filled up to: a unit of floats; whole vectors of the quantised activations, and whole groups."""
 
@@ -101,7 +102,7 @@ def pack(plain: Weights) -> Weights:
     """Plain weights in the layout of the kernels."""
     if plain.packed:
         return plain
-    unit, scale = _IN_UNIT[plain.format], plain.scale
+    unit, scale = IN_UNIT[plain.format], plain.scale
     matrix = _filled(plain.weight, _PANEL, _MULTIPLE[plain.format])
     features, inputs = matrix.shape
     if plain.format == "int8":

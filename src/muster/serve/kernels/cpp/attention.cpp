@@ -23,7 +23,12 @@ struct Shape {
 };
 
 struct Tile {
-  int64_t sequence, token, tokens, position, kv_head;  // `token`: row of the batch; `position`: in the sequence
+  int64_t token, tokens, position, kv_head;  // `token`: row of the batch; `position`: in the sequence
+  const int64_t* blocks;                     // the sequence's part of the table
+
+  int64_t end() const { return position + tokens; }
+  // The block of keys that it begins with.
+  int64_t begin(int64_t window) const { return window ? std::max<int64_t>(0, position - window + 1) / KEYS * KEYS : 0; }
 };
 
 // A 16 x 16 matrix of units, by halves of ever larger size.
@@ -58,14 +63,15 @@ struct Rows {
 // Finds the rows of positions `from` on. What lies behind `end` is `nothing`, since what a page holds there may be no
 // number.
 template <class T>
-void find_rows(Rows<T>& rows, int64_t from, int64_t end, const Tile& tile, const Shape& shape, const int64_t* blocks,
-               const T* keys, const T* values, const T* nothing) {
+void find_rows(Rows<T>& rows, int64_t from, const Tile& tile, const Shape& shape, const T* keys, const T* values,
+               const T* nothing) {
+  const int64_t end = tile.end();
   int64_t k = 0;
   while (k < KEYS && from + k < end) {
     const int64_t page = (from + k) / shape.block_tokens, offset = (from + k) % shape.block_tokens;
     const int64_t count = std::min({shape.block_tokens - offset, KEYS - k, end - from - k});
     const int64_t at =
-        ((blocks[page] * shape.kv_heads + tile.kv_head) * shape.block_tokens + offset) * shape.dim;
+        ((tile.blocks[page] * shape.kv_heads + tile.kv_head) * shape.block_tokens + offset) * shape.dim;
     for (int64_t i = 0; i < count; i++, k++) {
       rows.keys[k] = keys + at + i * shape.dim;
       rows.values[k] = values + at + i * shape.dim;
@@ -82,12 +88,13 @@ void fetch(const T* row, int64_t dim) {
     _mm_prefetch(reinterpret_cast<const char*>(row) + line, _MM_HINT_T0);
 }
 
-// 64 rows of keys to [unit of D][64].
+// `count` of 64 rows of keys to [unit of D][64].
 template <class T>
-void turn_keys(const T* const* rows, const T* const* next, uint32_t* turned, int64_t dim) {
+void turn_keys(const T* const* rows, const T* const* next, uint32_t* turned, int64_t dim, int64_t count) {
   const int64_t units = dim / in_unit<T>;
   for (int64_t k = 0; k < KEYS; k += 16) {
     for (int i = 0; i < 16; i++) fetch(next[k + i], dim);
+    if (k >= count) continue;
     for (int64_t u = 0; u < units; u += 16) {
       const __mmask16 lanes = first(units - u);
       __m512i block[16];
@@ -100,20 +107,23 @@ void turn_keys(const T* const* rows, const T* const* next, uint32_t* turned, int
   }
 }
 
-// 64 rows of values to [unit of keys][padded]: for bf16, neighbouring keys' values side by side.
-void pair_values(const float* const* rows, const float* const* next, uint32_t* paired, int64_t dim, int64_t padded) {
+// `count` of 64 rows of values to [unit of keys][padded]: for bf16, neighbouring keys' values side by side.
+void pair_values(const float* const* rows, const float* const* next, uint32_t* paired, int64_t dim, int64_t padded,
+                 int64_t count) {
   for (int64_t k = 0; k < KEYS; k++) {
     fetch(next[k], dim);
+    if (k >= count) continue;
     for (int64_t d = 0; d < padded; d += 16)
       _mm512_storeu_ps(paired + k * padded + d, load(rows[k] + d, first(dim - d)));
   }
 }
 
 void pair_values(const bfloat16* const* rows, const bfloat16* const* next, uint32_t* paired, int64_t dim,
-                 int64_t padded) {
+                 int64_t padded, int64_t count) {
   for (int64_t k = 0; k < KEYS; k += 2) {
     fetch(next[k], dim);
     fetch(next[k + 1], dim);
+    if (k >= count) continue;
     for (int64_t d = 0; d < padded; d += 16) {
       const __mmask16 lanes = first(dim - d);
       const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, rows[k] + d));
@@ -123,26 +133,27 @@ void pair_values(const bfloat16* const* rows, const bfloat16* const* next, uint3
   }
 }
 
-// c (rows, columns) = or += a (rows, units) times b (units, columns); columns are a multiple of 16.
+// c (rows, columns) = or += a (rows, units) times b (units, columns); columns are a multiple of 16, rows of b and c
+// `step` apart.
 template <class T>
 void multiply(const uint32_t* a, int64_t a_step, const uint32_t* b, int64_t units, float* c, int64_t rows,
-              int64_t columns, bool add) {
+              int64_t columns, int64_t step, bool add) {
   for (int64_t row = 0; row < rows; row += 4)
     with_count<4>(rows - row, [&]<int ROWS>() {
       for (int64_t column = 0; column < columns; column += 64)
         with_count<4>((columns - column) / 16, [&]<int VECTORS>() {
-          float* at = c + row * columns + column;
+          float* at = c + row * step + column;
           __m512 sums[ROWS][VECTORS];
 #pragma GCC unroll 16
           for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 16
             for (int v = 0; v < VECTORS; v++)
-              sums[r][v] = add ? _mm512_loadu_ps(at + r * columns + 16 * v) : _mm512_setzero_ps();
-          product<T, ROWS, VECTORS>(a + row * a_step, a_step, 1, b + column, columns, units, sums);
+              sums[r][v] = add ? _mm512_loadu_ps(at + r * step + 16 * v) : _mm512_setzero_ps();
+          product<T, ROWS, VECTORS>(a + row * a_step, a_step, 1, b + column, step, units, sums);
 #pragma GCC unroll 16
           for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 16
-            for (int v = 0; v < VECTORS; v++) _mm512_storeu_ps(at + r * columns + 16 * v, sums[r][v]);
+            for (int v = 0; v < VECTORS; v++) _mm512_storeu_ps(at + r * step + 16 * v, sums[r][v]);
         });
     });
 }
@@ -175,8 +186,7 @@ float soften(float* scores, float scale, int64_t from, int64_t oldest, int64_t n
 }
 
 template <class T>
-void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const int64_t* blocks, const T* keys,
-                 const T* values, T* out) {
+void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const T* keys, const T* values, T* out) {
   const int64_t group = shape.group(), dim = shape.dim, rows = tile.tokens * group;
   const int64_t units = dim / in_unit<T>, padded = (dim + 15) / 16 * 16;
   static thread_local std::vector<uint32_t> kept_keys, kept_values;
@@ -192,15 +202,16 @@ void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const int64
     std::memcpy(queries + t * group * dim,
                 qkv + (tile.token + t) * shape.row_numbers() + tile.kv_head * group * dim, group * dim * sizeof(T));
   const float scale = 1.f / std::sqrt(static_cast<float>(dim));
-  const int64_t end = tile.position + tile.tokens;
-  const int64_t begin = shape.window ? std::max<int64_t>(0, tile.position - shape.window + 1) / KEYS * KEYS : 0;
+  const int64_t begin = tile.begin(shape.window);
   Rows<T> rows_now, rows_next;
-  find_rows(rows_next, begin, end, tile, shape, blocks, keys, values, nothing.data());
-  for (int64_t from = begin; from < end; from += KEYS) {
+  find_rows(rows_next, begin, tile, shape, keys, values, nothing.data());
+  for (int64_t from = begin; from < tile.end(); from += KEYS) {
+    const int64_t count = std::min(KEYS, (tile.end() - from + 15) / 16 * 16);
     rows_now = rows_next;
-    find_rows(rows_next, from + KEYS, end, tile, shape, blocks, keys, values, nothing.data());
-    turn_keys(rows_now.keys, rows_next.keys, turned, dim);
-    multiply<T>(reinterpret_cast<const uint32_t*>(queries), units, turned, units, scores, rows, KEYS, false);
+    find_rows(rows_next, from + KEYS, tile, shape, keys, values, nothing.data());
+    turn_keys(rows_now.keys, rows_next.keys, turned, dim, count);
+    multiply<T>(reinterpret_cast<const uint32_t*>(queries), units, turned, units, scores, rows, count, KEYS,
+                false);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t newest = tile.position + r / group, oldest = shape.window ? newest - shape.window + 1 : 0;
       const float shrink = soften<T>(scores + r * KEYS, scale, from, oldest, newest, most[r], total[r]);
@@ -209,8 +220,9 @@ void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const int64
           _mm512_storeu_ps(sums + r * padded + d,
                            _mm512_mul_ps(_mm512_loadu_ps(sums + r * padded + d), _mm512_set1_ps(shrink)));
     }
-    pair_values(rows_now.values, rows_next.values, paired, dim, padded);
-    multiply<T>(reinterpret_cast<const uint32_t*>(scores), KEYS, paired, KEYS / in_unit<T>, sums, rows, padded, true);
+    pair_values(rows_now.values, rows_next.values, paired, dim, padded, count);
+    multiply<T>(reinterpret_cast<const uint32_t*>(scores), KEYS, paired, count / in_unit<T>, sums, rows, padded,
+                padded, true);
   }
   for (int64_t r = 0; r < rows; r++) {
     T* to = out + (tile.token + r / group) * shape.heads * dim + (tile.kv_head * group + r % group) * dim;
@@ -220,14 +232,15 @@ void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const int64
   }
 }
 
-std::vector<Tile> tiles_of(const Shape& shape, const int64_t* starts, const int64_t* lengths, int64_t sequences) {
+std::vector<Tile> tiles_of(const Shape& shape, const int64_t* starts, const int64_t* lengths, const int64_t* table,
+                           int64_t sequences) {
   const int64_t most = std::max<int64_t>(1, TILE_ROWS / shape.group());
   std::vector<Tile> tiles;
   for (int64_t s = 0; s < sequences; s++) {
     const int64_t count = starts[s + 1] - starts[s], old = lengths[s] - count;
     for (int64_t t = 0; t < count; t += most)
       for (int64_t h = 0; h < shape.kv_heads; h++)
-        tiles.push_back({s, starts[s] + t, std::min(most, count - t), old + t, h});
+        tiles.push_back({starts[s] + t, std::min(most, count - t), old + t, h, table + s * shape.table_width});
   }
   return tiles;
 }
@@ -235,10 +248,9 @@ std::vector<Tile> tiles_of(const Shape& shape, const int64_t* starts, const int6
 template <class T>
 void attend(const T* qkv, const int64_t* starts, const int64_t* lengths, const int64_t* table, const T* keys,
             const T* values, T* out, int64_t sequences, const Shape& shape, int64_t threads) {
-  const std::vector<Tile> tiles = tiles_of(shape, starts, lengths, sequences);
+  const std::vector<Tile> tiles = tiles_of(shape, starts, lengths, table, sequences);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (size_t i = 0; i < tiles.size(); i++)
-    attend_tile(tiles[i], shape, qkv, table + tiles[i].sequence * shape.table_width, keys, values, out);
+  for (size_t i = 0; i < tiles.size(); i++) attend_tile(tiles[i], shape, qkv, keys, values, out);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,8 +113,6 @@ def test_formats_equal_in_cpp_and_torch(format: Format, tmp_path: Path, library:
 
 
 def test_only_wanted_rows(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     network = TransformerNetwork(pack_model(model_of("llama", tmp_path), "fp32"), Reference(torch.float32))
     table = random_table(2, 20, BLOCK_TOKENS)
     batch = ragged([torch.arange(3, 15), torch.arange(9)], (12, 3), table, BLOCK_TOKENS)

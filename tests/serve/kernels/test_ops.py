@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from muster.serve.engine.batch import PagedCache
+from muster.serve.kernels import build
 from muster.serve.kernels.native import Native
 from muster.serve.kernels.packing import Format, floats, pack, quantize, unpack
 from muster.serve.kernels.reference import Reference
@@ -185,10 +189,6 @@ def test_attention_is_the_same_bits_however_it_is_cut(
 
 
 def test_a_batch_that_leaves_its_cache_is_refused(library: ctypes.CDLL) -> None:
-    from dataclasses import replace
-
-    from muster.serve.engine.batch import PagedCache
-
     kernels, table = Native(library, torch.float32), random_table(2, 8, 4)
     pages = torch.zeros(table.numel(), 1, 4, 8)
     cache = PagedCache(keys=(pages,), values=(pages,))
@@ -222,3 +222,18 @@ def test_what_does_not_fit_is_refused(library: ctypes.CDLL) -> None:
         Native(library, torch.float16)
     with pytest.raises(TypeError, match="contiguous"):
         kernels.add_norm(torch.zeros(4, 3).bfloat16().t(), None, torch.ones(4), 1e-5)
+
+
+@pytest.mark.long
+def test_processors_without_bf16_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ice Lake has VNNI only; there the bf16 products are put together from fp32 ones."""
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-mno-avx512bf16"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        library, _ = build.load_library()
+    except build.Unavailable as reason:
+        pytest.skip(str(reason))
+    for format in ("float", "int8", "int4"):
+        test_linear(library, torch.bfloat16, format)
+    for heads in ATTENTION:
+        test_attention(library, torch.bfloat16, heads, 16, True)

@@ -25,6 +25,7 @@ from cells import machine
 from muster.model.spec import TransformerSpec
 from muster.model.transformer import Transformer, materialize
 from muster.serve.engine.batch import Batch
+from muster.serve.engine.hugepages import huge_bytes
 from muster.serve.engine.network import TransformerNetwork
 from muster.serve.engine.packed import pack_model
 from muster.serve.kernels.ops import choose_kernels
@@ -153,8 +154,8 @@ def next_tokens(tokens: torch.Tensor, position: int, table: torch.Tensor) -> Bat
 
 
 def read_bandwidth() -> float:
-    """Bytes/s of the fastest of several sums over memory that no cache holds."""
-    memory = torch.ones(64_000_000)
+    """Bytes/s of the fastest of several sums over memory that no cache holds, in huge pages as weights are."""
+    memory = huge_bytes(256_000_000).view(torch.float32).fill_(1)
     best = float("inf")
     for _ in range(7):
         started_s = time.perf_counter()

@@ -112,8 +112,12 @@ def test_formats_equal_in_cpp_and_torch(format: Format, tmp_path: Path, library:
     assert float((native - torch_alone).norm() / torch_alone.norm()) < 0.05
 
 
-def test_only_wanted_rows(tmp_path: Path) -> None:
-    network = TransformerNetwork(pack_model(model_of("llama", tmp_path), "fp32"), Reference(torch.float32))
+@pytest.mark.parametrize("native", [True, False])
+def test_only_wanted_rows(native: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    kernels = (
+        Native(request.getfixturevalue("library"), torch.float32) if native else Reference(torch.float32)
+    )
+    network = TransformerNetwork(pack_model(model_of("llama", tmp_path), "fp32"), kernels)
     table = random_table(2, 20, BLOCK_TOKENS)
     batch = ragged([torch.arange(3, 15), torch.arange(9)], (12, 3), table, BLOCK_TOKENS)
     cache = network.new_cache(table.numel(), BLOCK_TOKENS)
@@ -121,6 +125,8 @@ def test_only_wanted_rows(tmp_path: Path) -> None:
     some = network.logits(replace(batch, wanted=torch.tensor([14, 11])), cache)
     torch.testing.assert_close(some, every[[14, 11]])
     assert some.dtype == torch.float32
+    none = network.logits(replace(batch, wanted=torch.empty(0, dtype=torch.int64)), cache)
+    assert none.shape == (0, network.spec.vocab)
 
 
 def test_a_stretch_of_a_model_is_refused(tmp_path: Path) -> None:

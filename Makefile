@@ -31,6 +31,8 @@ bench: setup
 	$(BIN)/python benchmarks/pipeline_bubble.py --json benchmarks/results/pipeline_bubble.json
 	$(BIN)/python benchmarks/memory_cpu.py --json benchmarks/results/memory_cpu.json
 	$(BIN)/python benchmarks/muon.py --json benchmarks/results/muon.json
+	$(BIN)/python benchmarks/serve_kernels_cpu.py --json benchmarks/results/serve_kernels_m160.json
+	$(BIN)/python benchmarks/serve_kernels_cpu.py --shape 1b --prompt 64 --json benchmarks/results/serve_kernels_1b.json
 	$(BIN)/python benchmarks/checkpoint_cpu.py --json benchmarks/results/checkpoint_cpu.json
 	$(BIN)/python benchmarks/faults.py --full --json benchmarks/results/faults.json
 	$(BIN)/python benchmarks/faults_groups.py --json benchmarks/results/faults_groups.json

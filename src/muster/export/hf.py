@@ -21,7 +21,7 @@ from muster.checkpoint.sealed import seal
 from muster.config.schema import Parity
 from muster.errors import UsageError
 from muster.export.parity import ParityReport, check_logits, logits_of, require_transformers
-from muster.model.folder import write_files
+from muster.model.folder import PACKED_PREFIX, write_files
 from muster.model.spec import TransformerSpec
 from muster.model.staging import staged
 from muster.model.transformer import materialize
@@ -82,7 +82,7 @@ def _refuse_other_files(folder: Path) -> None:
     """Replacing a folder deletes it, so everything in it has to be of an earlier export."""
     if not folder.is_dir():
         return
-    present = {path.name for path in folder.iterdir()}
+    present = {path.name for path in folder.iterdir() if not path.name.startswith(PACKED_PREFIX)}
     try:
         known = {RECORD, *json.loads((folder / RECORD).read_text("utf-8"))["sha256"]} if present else set()
     except (OSError, ValueError, KeyError, TypeError):

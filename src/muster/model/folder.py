@@ -28,6 +28,9 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
 
+PACKED_PREFIX = "muster-packed-"
+"""How files begin that serving makes of a model and keeps beside it; they can be made again."""
+
 
 def read_spec(folder: Path) -> TransformerSpec:
     """The specification of the model in `folder`."""

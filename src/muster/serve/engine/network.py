@@ -1,0 +1,149 @@
+"""A model as the engine computes it: one pass over a ragged batch, keys and values in pages.
+
+The math is `muster.model.transformer`'s, with its parameters; what differs is the shape of the work. The operations
+come from outside (`muster.serve.kernels`), so the same class runs in C++ on a CPU and in torch anywhere.
+N new tokens, W wanted rows, H heads, K kv heads, D head dim, E width, V vocab.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from muster.model.moe import MoE
+from muster.model.rope import rotation_at
+from muster.model.transformer import Transformer
+from muster.serve.engine.batch import Batch, PagedCache
+from muster.serve.engine.hugepages import huge_bytes
+from muster.serve.engine.packed import PackedModel, pack_model
+from muster.serve.kernels.ops import Kernels, choose_kernels
+from muster.serve.kernels.packing import Format
+from muster.serve.kernels.shape import Heads, QKNorm, Rotation
+
+Linear = Callable[[Tensor], Tensor]
+
+
+class TransformerNetwork:
+    """A packed model behind the engine's `Network`."""
+
+    def __init__(self, model: PackedModel, kernels: Kernels) -> None:
+        spec = model.spec
+        self.spec, self.compute, self.device = spec, model.compute, kernels.device
+        self._kernels = kernels
+        self._embed = model.tensors["embed"].to(kernels.device)
+        positions = model.tensors.get("positions")
+        self._positions = None if positions is None else positions.to(kernels.device)
+        self._layers = [_Layer(model, kernels, layer) for layer in range(spec.layers)]
+        self._norm = _Norm(model, kernels, "norm")
+        self._head = kernels.linear(model.linears["head"], torch.float32)
+
+    @classmethod
+    def of(
+        cls, model: Transformer, format: Format, device: torch.device | str = "cpu"
+    ) -> tuple[TransformerNetwork, str]:
+        """A model's network in a format with the fastest operations here, and which those are and why."""
+        kernels, reason = choose_kernels(torch.float32 if format == "fp32" else torch.bfloat16, device)
+        return cls(pack_model(model, format), kernels), reason
+
+    def new_cache(self, blocks: int, block_tokens: int) -> PagedCache:
+        """An empty cache of the type that this network writes."""
+        shape = (blocks, self.spec.kv_heads, block_tokens, self.spec.head_dim)
+
+        def pages() -> Tensor:
+            if self.device.type != "cpu":
+                return torch.zeros(shape, dtype=self.compute, device=self.device)
+            return huge_bytes(math.prod(shape) * self.compute.itemsize).view(self.compute).view(shape)
+
+        keys, values = (tuple(pages() for _ in range(self.spec.layers)) for _ in range(2))
+        return PagedCache(keys=keys, values=values)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch, cache: PagedCache) -> Tensor:
+        """fp32 logits (W, V) of the wanted rows, after writing the batch's keys and values into the cache."""
+        self._kernels.check(batch, cache, self.spec.vocab)
+        x = F.embedding(batch.tokens, self._embed)  # (N, E)
+        if self._positions is not None:
+            x = x + F.embedding(batch.positions, self._positions)
+        rotation = rotation_at(self.spec, batch.positions) if self.spec.positions == "rope" else None
+        residual: Tensor | None = None  # added to x by the next norm, which reads both anyhow
+        for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
+            residual = layer(x, residual, rotation, batch, keys, values)
+        if len(batch.wanted) < len(x):
+            x = x[batch.wanted]
+            residual = None if residual is None else residual[batch.wanted]
+        return self._head(self._norm(x, residual))
+
+
+class _Layer:
+    """Attention and feed-forward; takes x and what is still to be added to it, and returns the next such."""
+
+    def __init__(self, model: PackedModel, kernels: Kernels, layer: int) -> None:
+        spec, at = model.spec, f"layers.{layer}"
+        self._kernels = kernels
+        self._heads = Heads(heads=spec.heads, kv_heads=spec.kv_heads, dim=spec.head_dim, window=spec.window)
+        self._qk_norm: QKNorm | None = None
+        if spec.qk_norm:
+            q, k = (model.tensors[f"{at}.{name}_norm.weight"].to(kernels.device) for name in "qk")
+            self._qk_norm = QKNorm(q=q, k=k, eps=spec.norm_eps)
+        self._attention_norm = _Norm(model, kernels, f"{at}.attention_norm")
+        self._mlp_norm = _Norm(model, kernels, f"{at}.mlp_norm")
+        self._qkv = kernels.linear(model.linears[f"{at}.qkv"], model.compute)
+        self._o = kernels.linear(model.linears[f"{at}.o"], model.compute)
+        self._mlp = _experts(model, kernels, at) if spec.experts else _mlp(model, kernels, at)
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, rotation: Rotation | None, batch: Batch, keys: Tensor,
+        values: Tensor,
+    ) -> Tensor:  # fmt: skip
+        qkv = self._qkv(self._attention_norm(x, residual))  # (N, (H + 2 K) D)
+        self._kernels.rotate_store(qkv, self._heads, rotation, self._qk_norm, batch.slots, keys, values)
+        attended = self._o(self._kernels.attend(qkv, self._heads, batch, keys, values))
+        return self._mlp(self._mlp_norm(x, attended))
+
+
+class _Norm:
+    """x (N, E) += residual in place, and the norm of that."""
+
+    def __init__(self, model: PackedModel, kernels: Kernels, name: str) -> None:
+        self._kernels, self._eps = kernels, model.spec.norm_eps
+        self._weight = model.tensors[f"{name}.weight"].to(kernels.device)
+        bias = model.tensors.get(f"{name}.bias")
+        self._bias = None if bias is None else bias.to(kernels.device)
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if self._bias is None:
+            return self._kernels.add_norm(x, residual, self._weight, self._eps)
+        if residual is not None:
+            x.add_(residual)
+        return F.layer_norm(x.float(), self._weight.shape, self._weight, self._bias, self._eps).to(x.dtype)
+
+
+def _mlp(model: PackedModel, kernels: Kernels, at: str) -> Linear:
+    gate_up = kernels.linear(model.linears[f"{at}.gate_up"], model.compute)
+    down = kernels.linear(model.linears[f"{at}.down"], model.compute)
+    if model.spec.mlp == "swiglu":
+        return lambda x: down(kernels.swiglu(gate_up(x)))
+    return lambda x: down(F.gelu(gate_up(x), approximate="tanh"))
+
+
+def _experts(model: PackedModel, kernels: Kernels, at: str) -> Linear:
+    """The model's own module: its experts are not quantised."""
+    with torch.device("meta"):
+        moe = MoE(model.spec)
+    prefix = f"{at}.moe."
+    own = {
+        name.removeprefix(prefix): tensor.to(kernels.device)
+        for name, tensor in model.tensors.items()
+        if name.startswith(prefix)
+    }
+    moe.load_state_dict(own, assign=True)
+
+    def forward(x: Tensor) -> Tensor:
+        out: Tensor = moe(x[None])[0]
+        return out
+
+    return forward

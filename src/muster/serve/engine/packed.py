@@ -1,0 +1,92 @@
+"""A model's weights as the engine multiplies with them: q, k, v and gate, up in one matrix each, in a serving format.
+
+Made from a `Transformer`'s own parameters. Names are those of the model, with `qkv` and `gate_up` for what was fused.
+The embedding, norms, learned positions and experts stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from muster.model.mlp import MLP
+from muster.model.moe import MoE
+from muster.model.spec import TransformerSpec
+from muster.model.transformer import Norm, Transformer, named_tensors
+from muster.serve.engine.hugepages import HugePages
+from muster.serve.kernels.packing import Format, Weights, pack, quantize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedModel:
+    """Everything that a network needs."""
+
+    spec: TransformerSpec
+    format: Format
+    compute: torch.dtype
+    """The type of activations, of the embedding, and of the keys and values in the cache."""
+    linears: Mapping[str, Weights]
+    tensors: Mapping[str, Tensor]
+    """The rest: norms in fp32; embedding, positions and experts in `compute` (a router's bias in fp32)."""
+
+
+@torch.no_grad()
+def pack_model(
+    model: Transformer, format: Format, *, head: Format | None = None, packed: bool = True
+) -> PackedModel:
+    """A whole model in a format. int8 and int4 compute in bf16; `head`: the head's format, int8 for int4 models,
+    because rounding the head to 4 bits costs more than all other layers (`benchmarks/serve_quality_cpu.py`).
+
+    With `packed` the linear layers are in the kernels' layout. Raises ValueError for a stretch of a model.
+    """
+    spec = model.spec
+    if model.embed is None or model.norm is None:
+        raise ValueError("only a whole model can be packed, not a stretch of its layers")
+    compute = torch.float32 if format == "fp32" else torch.bfloat16
+    linears: dict[str, Weights] = {}
+    pages = HugePages()
+    tensors: dict[str, Tensor] = {"embed": model.embed.weight.to(compute)}
+
+    def put(name: str, weight: Tensor, bias: Tensor | None, format: Format) -> None:
+        plain = quantize(weight, bias, format)
+        if packed:
+            kept = pack(plain)
+            plain = kept.map(pages.place)
+        linears[name] = plain
+
+    def add(name: str, parts: list[nn.Linear]) -> None:
+        weight = torch.cat([part.weight for part in parts])
+        put(name, weight, None if parts[0].bias is None else torch.cat([part.bias for part in parts]), format)
+
+    def add_norm(name: str, norm: Norm | None) -> None:
+        if norm is not None:
+            for part, tensor in named_tensors(norm):
+                tensors[f"{name}.{part}"] = tensor.float()
+
+    if model.positions is not None:
+        tensors["positions"] = model.positions.weight.to(compute)
+    for i, block in enumerate(model.blocks):
+        at, attention = f"layers.{i}", block.attention
+        add(f"{at}.qkv", [attention.q, attention.k, attention.v])
+        add(f"{at}.o", [attention.o])
+        add_norm(f"{at}.attention_norm", block.attention_norm)
+        add_norm(f"{at}.mlp_norm", block.mlp_norm)
+        add_norm(f"{at}.q_norm", attention.q_norm)
+        add_norm(f"{at}.k_norm", attention.k_norm)
+        if isinstance(block.mlp, MoE):
+            trained = {name for name, _ in block.mlp.named_parameters()}
+            for name, tensor in named_tensors(block.mlp):
+                tensors[f"{at}.moe.{name}"] = tensor.to(compute) if name in trained else tensor
+        else:
+            assert isinstance(block.mlp, MLP)
+            gate = [] if block.mlp.gate is None else [block.mlp.gate]
+            add(f"{at}.gate_up", [*gate, block.mlp.up])
+            add(f"{at}.down", [block.mlp.down])
+    add_norm("norm", model.norm)
+    table = model.embed.weight if model.head is None else model.head.weight
+    put("head", table, None, head or ("int8" if format == "int4" else format))
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return PackedModel(spec=spec, format=format, compute=compute, linears=linears, tensors=contiguous)

@@ -1,0 +1,140 @@
+"""Compiles `cpp/` on first use and keeps the library in the user's cache, by what it was made from.
+
+The sources include no header of torch's and take plain pointers: compiling takes seconds rather than minutes, and the
+library outlives a torch update. OpenMP's symbols resolve to the runtime that torch has loaded, so both share threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "cpp"
+# -ffp-contract=off: what is fused is written out, so that a kernel's copies for few and for many rows agree bit by bit.
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-w")
+REQUIRED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
+_TIMEOUT_S = 300.0
+_DIGEST_BYTES = 32
+
+
+class Unavailable(Exception):
+    """There is no native library on this machine; the text says why."""
+
+
+def load_library() -> tuple[ctypes.CDLL, str]:
+    """The compiled kernels and where they came from; compiled now if they are not in the cache. Raises Unavailable."""
+    isa = _instruction_set()
+    compiler, version = _compiler()
+    path = cache_folder() / f"kernels-{_key(version, isa)}.so"
+    if _is_whole(path):
+        return _open(path), f"{path.name} from the cache"
+    try:
+        _compile(compiler, path)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"the kernels could not be compiled into {path.parent} ({error})") from None
+    return _open(path), f"{path.name}, compiled now by {version}"
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: below XDG_CACHE_HOME, or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "muster" / "kernels"
+
+
+def _instruction_set() -> Sequence[str]:
+    """The processor's features that -march=native may use; refuses processors without VNNI."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        raise Unavailable(f"the C++ kernels are for x86-64 Linux, and this is {platform.machine()}")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    features = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    missing = [name for name in REQUIRED if name not in features]
+    if missing:
+        raise Unavailable(f"the processor has no {missing[0]}, which the C++ kernels are written for")
+    return sorted(features)
+
+
+def _compiler() -> tuple[str, str]:
+    """The compiler's path and how it names itself."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        path = shutil.which(name) if name else None
+        if path is not None:
+            said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_S)
+            if said.returncode == 0 and said.stdout:
+                return path, said.stdout.splitlines()[0]
+    raise Unavailable("there is no C++ compiler: install g++ to decode several times as fast")
+
+
+def _key(version: str, isa: Sequence[str]) -> str:
+    made_of = hashlib.sha256()
+    for part in (version, *FLAGS, *isa):
+        made_of.update(part.encode() + b"\0")
+    for path in sorted(SOURCES.iterdir()):
+        made_of.update(path.name.encode() + b"\0" + path.read_bytes())
+    return made_of.hexdigest()[:20]
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Make the library at `path`. One process compiles, others wait for it; a killed one leaves only a draft."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when its holder dies
+        if _is_whole(path):
+            return
+        for left_over in path.parent.glob(f"{path.stem}.*.draft"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.stem}.", suffix=".draft"))
+        try:
+            library = _build(compiler, draft)
+            content = library.read_bytes()
+            with open(library, "ab") as file:  # behind its end, where the loader does not look
+                file.write(hashlib.sha256(content).digest())
+                file.flush()
+                os.fsync(file.fileno())
+            library.replace(path)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _build(compiler: str, folder: Path) -> Path:
+    def compile_one(source: Path) -> Path:
+        made = folder / f"{source.stem}.o"
+        _run([compiler, *FLAGS, "-c", str(source), "-o", str(made)])
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        objects = list(pool.map(compile_one, sorted(SOURCES.glob("*.cpp"))))
+    library = folder / "kernels.so"
+    _run([compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(library)])
+    return library
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+        raise Unavailable(f"the compiler refused the kernels: {first.strip()}")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the library is there as it was written: a damaged one would take the process down."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"the compiled kernels cannot be loaded ({error})") from None

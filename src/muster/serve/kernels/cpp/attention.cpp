@@ -1,0 +1,269 @@
+// Causal attention of new tokens over keys and values that lie in pages, online softmax in fp32 (FlashAttention, Dao
+// et al. 2022). One path for single tokens and for prompts' chunks: a tile is some new tokens of a sequence with all
+// query heads of one kv head, as rows; it walks over the sequence's keys, 64 at a time. Both products are those of
+// `product.h`, after a block of keys has been turned so that keys lie across lanes.
+//
+// Blocks begin at multiples of 64 of a sequence's positions and a masked key adds an exact zero, so a token's result
+// is the same bits whatever tile, chunk or batch it is computed in.
+#include <cmath>
+#include <limits>
+
+#include "product.h"
+
+namespace {
+
+constexpr int64_t KEYS = 64;
+constexpr int64_t TILE_ROWS = 32;
+constexpr float NOTHING = -1e30f;  // finite: the difference of two infinities is no number
+
+struct Shape {
+  int64_t heads, kv_heads, dim, block_tokens, table_width, window;
+  int64_t group() const { return heads / kv_heads; }
+  int64_t row_numbers() const { return (heads + 2 * kv_heads) * dim; }
+};
+
+struct Tile {
+  int64_t token, tokens, position, kv_head;  // `token`: row of the batch; `position`: in the sequence
+  const int64_t* blocks;                     // the sequence's part of the table
+
+  int64_t end() const { return position + tokens; }
+  // The block of keys that it begins with.
+  int64_t begin(int64_t window) const { return window ? std::max<int64_t>(0, position - window + 1) / KEYS * KEYS : 0; }
+};
+
+// A 16 x 16 matrix of units, by halves of ever larger size.
+void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 16; j += 8) {
+      t[j + i] = _mm512_shuffle_i32x4(r[j + i], r[j + i + 4], 0x88);
+      t[j + i + 4] = _mm512_shuffle_i32x4(r[j + i], r[j + i + 4], 0xdd);
+    }
+  for (int i = 0; i < 8; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+// Where the keys and values of 64 positions lie.
+template <class T>
+struct Rows {
+  const T *keys[KEYS], *values[KEYS];
+};
+
+// Finds the rows of positions `from` on. What lies behind `end` is `nothing`, since what a page holds there may be no
+// number.
+template <class T>
+void find_rows(Rows<T>& rows, int64_t from, const Tile& tile, const Shape& shape, const T* keys, const T* values,
+               const T* nothing) {
+  const int64_t end = tile.end();
+  int64_t k = 0;
+  while (k < KEYS && from + k < end) {
+    const int64_t page = (from + k) / shape.block_tokens, offset = (from + k) % shape.block_tokens;
+    const int64_t count = std::min({shape.block_tokens - offset, KEYS - k, end - from - k});
+    const int64_t at =
+        ((tile.blocks[page] * shape.kv_heads + tile.kv_head) * shape.block_tokens + offset) * shape.dim;
+    for (int64_t i = 0; i < count; i++, k++) {
+      rows.keys[k] = keys + at + i * shape.dim;
+      rows.values[k] = values + at + i * shape.dim;
+    }
+  }
+  for (; k < KEYS; k++) rows.keys[k] = rows.values[k] = nothing;
+}
+
+// Has memory bring a row that the next block will need. Done row by row while this block is worked on: all at once,
+// they would wait for each other.
+template <class T>
+void fetch(const T* row, int64_t dim) {
+  for (int64_t line = 0; line < dim * static_cast<int64_t>(sizeof(T)); line += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(row) + line, _MM_HINT_T0);
+}
+
+// `count` of 64 rows of keys to [unit of D][64].
+template <class T>
+void turn_keys(const T* const* rows, const T* const* next, uint32_t* turned, int64_t dim, int64_t count) {
+  const int64_t units = dim / in_unit<T>;
+  for (int64_t k = 0; k < KEYS; k += 16) {
+    for (int i = 0; i < 16; i++) fetch(next[k + i], dim);
+    if (k >= count) continue;
+    for (int64_t u = 0; u < units; u += 16) {
+      const __mmask16 lanes = first(units - u);
+      __m512i block[16];
+      for (int i = 0; i < 16; i++)
+        block[i] = _mm512_maskz_loadu_epi32(lanes, reinterpret_cast<const uint32_t*>(rows[k + i]) + u);
+      transpose(block);
+      for (int64_t i = 0; i < std::min<int64_t>(16, units - u); i++)
+        _mm512_storeu_si512(turned + (u + i) * KEYS + k, block[i]);
+    }
+  }
+}
+
+// `count` of 64 rows of values to [unit of keys][padded]: for bf16, neighbouring keys' values side by side.
+void pair_values(const float* const* rows, const float* const* next, uint32_t* paired, int64_t dim, int64_t padded,
+                 int64_t count) {
+  for (int64_t k = 0; k < KEYS; k++) {
+    fetch(next[k], dim);
+    if (k >= count) continue;
+    for (int64_t d = 0; d < padded; d += 16)
+      _mm512_storeu_ps(paired + k * padded + d, load(rows[k] + d, first(dim - d)));
+  }
+}
+
+void pair_values(const bfloat16* const* rows, const bfloat16* const* next, uint32_t* paired, int64_t dim,
+                 int64_t padded, int64_t count) {
+  for (int64_t k = 0; k < KEYS; k += 2) {
+    fetch(next[k], dim);
+    fetch(next[k + 1], dim);
+    if (k >= count) continue;
+    for (int64_t d = 0; d < padded; d += 16) {
+      const __mmask16 lanes = first(dim - d);
+      const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, rows[k] + d));
+      const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, rows[k + 1] + d));
+      _mm512_storeu_si512(paired + k / 2 * padded + d, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    }
+  }
+}
+
+// c (rows, columns) = or += a (rows, units) times b (units, columns); columns are a multiple of 16, rows of b and c
+// `step` apart.
+template <class T>
+void multiply(const uint32_t* a, int64_t a_step, const uint32_t* b, int64_t units, float* c, int64_t rows,
+              int64_t columns, int64_t step, bool add) {
+  for (int64_t row = 0; row < rows; row += 4)
+    with_count<4>(rows - row, [&]<int ROWS>() {
+      for (int64_t column = 0; column < columns; column += 64)
+        with_count<4>((columns - column) / 16, [&]<int VECTORS>() {
+          float* at = c + row * step + column;
+          __m512 sums[ROWS][VECTORS];
+#pragma GCC unroll 16
+          for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; v++)
+              sums[r][v] = add ? _mm512_loadu_ps(at + r * step + 16 * v) : _mm512_setzero_ps();
+          product<T, ROWS, VECTORS>(a + row * a_step, a_step, 1, b + column, step, units, sums);
+#pragma GCC unroll 16
+          for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; v++) _mm512_storeu_ps(at + r * step + 16 * v, sums[r][v]);
+        });
+    });
+}
+
+// Scores of one row to weights in place (as T), for keys from `from` on, of which those in [oldest, newest] are seen.
+// Returns what the sums so far are to be multiplied with.
+template <class T>
+float soften(float* scores, float scale, int64_t from, int64_t oldest, int64_t newest, float& most, float& total) {
+  __m512 score[KEYS / 16];
+  __mmask16 seen[KEYS / 16];
+  __m512 top = _mm512_set1_ps(most);
+  for (int v = 0; v < KEYS / 16; v++) {
+    const int64_t key = from + 16 * v;
+    seen[v] = first(newest + 1 - key) & ~first(oldest - key);
+    score[v] = _mm512_mul_ps(_mm512_loadu_ps(scores + 16 * v), _mm512_set1_ps(scale));
+    top = _mm512_mask_max_ps(top, seen[v], top, score[v]);
+  }
+  const float now = _mm512_reduce_max_ps(top);
+  __m512 sum = _mm512_setzero_ps();
+  for (int v = 0; v < KEYS / 16; v++) {
+    const __m512 weight = exponential(_mm512_sub_ps(score[v], _mm512_set1_ps(now)));
+    score[v] = _mm512_maskz_mov_ps(seen[v], weight);
+    sum = _mm512_add_ps(sum, score[v]);
+  }
+  for (int v = 0; v < KEYS / 16; v++) store(reinterpret_cast<T*>(scores) + 16 * v, score[v]);
+  const float shrink = now == most ? 1.f : _mm512_cvtss_f32(exponential(_mm512_set1_ps(most - now)));
+  total = total * shrink + _mm512_reduce_add_ps(sum);
+  most = now;
+  return shrink;
+}
+
+template <class T>
+void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const T* keys, const T* values, T* out) {
+  const int64_t group = shape.group(), dim = shape.dim, rows = tile.tokens * group;
+  const int64_t units = dim / in_unit<T>, padded = (dim + 15) / 16 * 16;
+  static thread_local std::vector<uint32_t> kept_keys, kept_values;
+  static thread_local std::vector<float> kept_scores, kept_sums;
+  static thread_local std::vector<T> kept_queries, nothing;
+  uint32_t *turned = scratch(kept_keys, units * KEYS), *paired = scratch(kept_values, KEYS * padded);
+  float *scores = scratch(kept_scores, rows * KEYS), *sums = scratch(kept_sums, rows * padded);
+  T* queries = scratch(kept_queries, rows * dim);
+  nothing.resize(dim);  // zeros
+  std::vector<float> most(rows, NOTHING), total(rows, 0.f);
+  std::fill(sums, sums + rows * padded, 0.f);
+  for (int64_t t = 0; t < tile.tokens; t++)
+    std::memcpy(queries + t * group * dim,
+                qkv + (tile.token + t) * shape.row_numbers() + tile.kv_head * group * dim, group * dim * sizeof(T));
+  const float scale = 1.f / std::sqrt(static_cast<float>(dim));
+  const int64_t begin = tile.begin(shape.window);
+  Rows<T> rows_now, rows_next;
+  find_rows(rows_next, begin, tile, shape, keys, values, nothing.data());
+  for (int64_t from = begin; from < tile.end(); from += KEYS) {
+    const int64_t count = std::min(KEYS, (tile.end() - from + 15) / 16 * 16);
+    rows_now = rows_next;
+    find_rows(rows_next, from + KEYS, tile, shape, keys, values, nothing.data());
+    turn_keys(rows_now.keys, rows_next.keys, turned, dim, count);
+    multiply<T>(reinterpret_cast<const uint32_t*>(queries), units, turned, units, scores, rows, count, KEYS,
+                false);
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t newest = tile.position + r / group, oldest = shape.window ? newest - shape.window + 1 : 0;
+      const float shrink = soften<T>(scores + r * KEYS, scale, from, oldest, newest, most[r], total[r]);
+      if (shrink != 1.f)
+        for (int64_t d = 0; d < padded; d += 16)
+          _mm512_storeu_ps(sums + r * padded + d,
+                           _mm512_mul_ps(_mm512_loadu_ps(sums + r * padded + d), _mm512_set1_ps(shrink)));
+    }
+    pair_values(rows_now.values, rows_next.values, paired, dim, padded, count);
+    multiply<T>(reinterpret_cast<const uint32_t*>(scores), KEYS, paired, count / in_unit<T>, sums, rows, padded,
+                padded, true);
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    T* to = out + (tile.token + r / group) * shape.heads * dim + (tile.kv_head * group + r % group) * dim;
+    const __m512 inverse = _mm512_set1_ps(1.f / total[r]);
+    for (int64_t d = 0; d < dim; d += 16)
+      store(to + d, _mm512_mul_ps(_mm512_loadu_ps(sums + r * padded + d), inverse), first(dim - d));
+  }
+}
+
+std::vector<Tile> tiles_of(const Shape& shape, const int64_t* starts, const int64_t* lengths, const int64_t* table,
+                           int64_t sequences) {
+  const int64_t most = std::max<int64_t>(1, TILE_ROWS / shape.group());
+  std::vector<Tile> tiles;
+  for (int64_t s = 0; s < sequences; s++) {
+    const int64_t count = starts[s + 1] - starts[s], old = lengths[s] - count;
+    for (int64_t t = 0; t < count; t += most)
+      for (int64_t h = 0; h < shape.kv_heads; h++)
+        tiles.push_back({starts[s] + t, std::min(most, count - t), old + t, h, table + s * shape.table_width});
+  }
+  return tiles;
+}
+
+template <class T>
+void attend(const T* qkv, const int64_t* starts, const int64_t* lengths, const int64_t* table, const T* keys,
+            const T* values, T* out, int64_t sequences, const Shape& shape, int64_t threads) {
+  const std::vector<Tile> tiles = tiles_of(shape, starts, lengths, table, sequences);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (size_t i = 0; i < tiles.size(); i++) attend_tile(tiles[i], shape, qkv, keys, values, out);
+}
+
+}  // namespace
+
+extern "C" void muster_attend(const void* qkv, const int64_t* starts, const int64_t* lengths, const int64_t* table,
+                              const void* keys, const void* values, void* out, int64_t sequences, int64_t heads,
+                              int64_t kv_heads, int64_t dim, int64_t block_tokens, int64_t table_width, int64_t window,
+                              int64_t threads, int64_t narrow) {
+  const Shape shape{heads, kv_heads, dim, block_tokens, table_width, window};
+  auto run = [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    attend(static_cast<const T*>(qkv), starts, lengths, table, static_cast<const T*>(keys),
+           static_cast<const T*>(values), static_cast<T*>(out), sequences, shape, threads);
+  };
+  narrow ? run(static_cast<bfloat16*>(out)) : run(static_cast<float*>(out));
+}

@@ -1,0 +1,131 @@
+// What stands between the matrix products: residual sum with RMSNorm, SwiGLU's product, rotation and storing into
+// pages. Rows are tokens; sums are in fp32 whatever the type.
+#include <cmath>
+
+#include "vector.h"
+
+// Below this many numbers, waking another core takes longer than the work.
+constexpr int64_t WORTH_SHARING = 1 << 15;
+
+// x += residual (where given); out = x / sqrt(mean(x^2) + eps) * weight.
+template <class T>
+static void add_norm(T* x, const T* residual, const float* weight, T* out, int64_t rows, int64_t width, float eps,
+                     int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > WORTH_SHARING)
+  for (int64_t row = 0; row < rows; row++) {
+    T* at = x + row * width;
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i += 16) {
+      const __mmask16 lanes = first(width - i);
+      if (residual) store(at + i, _mm512_add_ps(load(at + i, lanes), load(residual + row * width + i, lanes)), lanes);
+      const __m512 value = load(at + i, lanes);  // as it was rounded
+      sum = _mm512_fmadd_ps(value, value, sum);
+    }
+    const __m512 inverse = _mm512_set1_ps(1.f / std::sqrt(_mm512_reduce_add_ps(sum) / width + eps));
+    for (int64_t i = 0; i < width; i += 16) {
+      const __mmask16 lanes = first(width - i);
+      const __m512 value = _mm512_mul_ps(load(at + i, lanes), inverse);
+      store(out + row * width + i, _mm512_mul_ps(value, load(weight + i, lanes)), lanes);
+    }
+  }
+}
+
+// silu(gate) * up of rows that hold both, gate first.
+template <class T>
+static void swiglu(const T* gate_up, T* out, int64_t rows, int64_t width, int64_t threads) {
+  const __m512 one = _mm512_set1_ps(1.f);
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > WORTH_SHARING)
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t i = 0; i < width; i += 16) {
+      const __mmask16 lanes = first(width - i);
+      const T* at = gate_up + row * 2 * width + i;
+      const __m512 gate = load(at, lanes), up = load(at + width, lanes);
+      const __m512 below = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
+      store(out + row * width + i, _mm512_mul_ps(_mm512_div_ps(gate, below), up), lanes);
+    }
+}
+
+// One head, in place: RMSNorm over its dimensions (where weights are given), then the rotation of dimension i together
+// with i + D/2 (where angles are given).
+template <class T>
+static void turn(T* head, int64_t dim, const float* weight, float eps, const float* cos, const float* sin) {
+  float inverse = 1.f;
+  if (weight) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < dim; i += 16) {
+      const __m512 value = load(head + i, first(dim - i));
+      sum = _mm512_fmadd_ps(value, value, sum);
+    }
+    inverse = 1.f / std::sqrt(_mm512_reduce_add_ps(sum) / dim + eps);
+  }
+  const int64_t half = dim / 2;
+  for (int64_t i = 0; i < half; i += 16) {
+    const __mmask16 lanes = first(half - i);
+    __m512 low = load(head + i, lanes), high = load(head + half + i, lanes);
+    if (weight) {
+      low = _mm512_mul_ps(_mm512_mul_ps(low, _mm512_set1_ps(inverse)), load(weight + i, lanes));
+      high = _mm512_mul_ps(_mm512_mul_ps(high, _mm512_set1_ps(inverse)), load(weight + half + i, lanes));
+    }
+    if (cos) {
+      const __m512 c = load(cos + i, lanes), s = load(sin + i, lanes);  // both halves have the same angles
+      const __m512 turned = _mm512_fmsub_ps(low, c, _mm512_mul_ps(high, s));
+      high = _mm512_fmadd_ps(high, c, _mm512_mul_ps(low, s));
+      low = turned;
+    }
+    store(head + i, low, lanes);
+    store(head + half + i, high, lanes);
+  }
+}
+
+// Queries of qkv (rows, (H + 2 K) D) are turned where they lie; keys are turned and, like values, put at their slots
+// of the pages (blocks, K, block_tokens, D).
+template <class T>
+static void rotate_store(T* qkv, const float* cos, const float* sin, const float* q_weight, const float* k_weight,
+                         float eps, const int64_t* slots, T* keys, T* values, int64_t rows, int64_t heads,
+                         int64_t kv_heads, int64_t dim, int64_t block_tokens, int64_t threads) {
+  const int64_t width = (heads + 2 * kv_heads) * dim;
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > WORTH_SHARING)
+  for (int64_t row = 0; row < rows; row++) {
+    T* token = qkv + row * width;
+    const float *c = cos ? cos + row * dim : nullptr, *s = sin ? sin + row * dim : nullptr;
+    if (c || q_weight)
+      for (int64_t h = 0; h < heads + kv_heads; h++)
+        turn(token + h * dim, dim, h < heads ? q_weight : k_weight, eps, c, s);
+    const int64_t block = slots[row] / block_tokens, offset = slots[row] % block_tokens;
+    for (int64_t h = 0; h < kv_heads; h++) {
+      const int64_t to = ((block * kv_heads + h) * block_tokens + offset) * dim;
+      std::memcpy(keys + to, token + (heads + h) * dim, dim * sizeof(T));
+      std::memcpy(values + to, token + (heads + kv_heads + h) * dim, dim * sizeof(T));
+    }
+  }
+}
+
+extern "C" {
+void muster_add_norm(void* x, const void* residual, const float* weight, void* out, int64_t rows, int64_t width,
+                     double eps, int64_t threads, int64_t narrow) {
+  auto run = [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    add_norm(static_cast<T*>(x), static_cast<const T*>(residual), weight, static_cast<T*>(out), rows, width,
+             static_cast<float>(eps), threads);
+  };
+  narrow ? run(static_cast<bfloat16*>(x)) : run(static_cast<float*>(x));
+}
+
+void muster_swiglu(const void* gate_up, void* out, int64_t rows, int64_t width, int64_t threads, int64_t narrow) {
+  if (narrow)
+    swiglu(static_cast<const bfloat16*>(gate_up), static_cast<bfloat16*>(out), rows, width, threads);
+  else
+    swiglu(static_cast<const float*>(gate_up), static_cast<float*>(out), rows, width, threads);
+}
+
+void muster_rotate_store(void* qkv, const float* cos, const float* sin, const float* q_weight, const float* k_weight,
+                         double eps, const int64_t* slots, void* keys, void* values, int64_t rows, int64_t heads,
+                         int64_t kv_heads, int64_t dim, int64_t block_tokens, int64_t threads, int64_t narrow) {
+  auto run = [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    rotate_store(static_cast<T*>(qkv), cos, sin, q_weight, k_weight, static_cast<float>(eps), slots,
+                 static_cast<T*>(keys), static_cast<T*>(values), rows, heads, kv_heads, dim, block_tokens, threads);
+  };
+  narrow ? run(static_cast<bfloat16*>(qkv)) : run(static_cast<float*>(qkv));
+}
+}

@@ -1,0 +1,64 @@
+// x (rows, inputs) times weights in fp32 or bf16, laid out in panels [panel][unit of inputs][32 features].
+#include "blocks.h"
+#include "product.h"
+
+// Rows' units as `blocks.h` has them.
+static void interleave(const uint32_t* x, uint32_t* to, const RowBlocks& blocks, int64_t units, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (blocks.rows >= 64)
+  for (int64_t row = 0; row < blocks.rows; row++) {
+    uint32_t* at = to + blocks.start(row, units);
+    const int64_t step = blocks.step(row);
+    for (int64_t u = 0; u < units; u++) at[u * step] = x[row * units + u];
+  }
+}
+
+template <class T>
+static void linear(const uint32_t* x, const uint32_t* weight, const float* bias, void* out, int64_t rows, int64_t units,
+                   int64_t features, int64_t threads, bool narrow) {
+  constexpr int MOST = 12;  // 24 sums, two columns and a broadcast of the 32 registers
+  static thread_local std::vector<uint32_t> kept;
+  const RowBlocks blocks(rows, MOST);
+  if (rows > 1) {
+    uint32_t* interleaved = scratch(kept, rows * units);
+    interleave(x, interleaved, blocks, units, threads);
+    x = interleaved;
+  }
+  const int64_t panels = (features + PANEL - 1) / PANEL;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, run_of(panels, threads))
+  for (int64_t panel = 0; panel < panels; panel++) {
+    const uint32_t* w = weight + panel * units * PANEL;
+    const int64_t left = features - panel * PANEL;
+    for (int64_t row = 0; row < rows; row += blocks.height)
+      with_count<MOST>(blocks.rows_in(row), [&]<int ROWS>() {
+        __m512 sums[ROWS][2];
+#pragma GCC unroll 16
+        for (int v = 0; v < 2; v++)
+#pragma GCC unroll 16
+          for (int r = 0; r < ROWS; r++)
+            sums[r][v] = bias ? _mm512_loadu_ps(bias + panel * PANEL + 16 * v) : _mm512_setzero_ps();
+        // Few rows wait for memory, and the processor does not look as far ahead as it could.
+        constexpr int64_t AHEAD = 16 * PANEL, STEP = 16;
+        for (int64_t u = 0; u < units; u += STEP) {
+          const int64_t n = std::min(STEP, units - u);
+          for (int64_t line = 0; line < 2 * n; line++)
+            _mm_prefetch(reinterpret_cast<const char*>(w + u * PANEL + AHEAD + line * 16), _MM_HINT_T0);
+          product<T, ROWS, 2>(x + row * units + u * ROWS, 1, ROWS, w + u * PANEL, PANEL, n, sums);
+        }
+#pragma GCC unroll 16
+        for (int v = 0; v < 2; v++)
+#pragma GCC unroll 16
+          for (int r = 0; r < ROWS; r++)
+            store(out, (row + r) * features + panel * PANEL + 16 * v, sums[r][v], first(left - 16 * v), narrow);
+      });
+  }
+}
+
+extern "C" void muster_linear_float(const void* x, const uint32_t* weight, const float* bias, void* out, int64_t rows,
+                                    int64_t units, int64_t features, int64_t threads, int64_t narrow_in,
+                                    int64_t narrow_out) {
+  auto units_of_x = static_cast<const uint32_t*>(x);
+  if (narrow_in)
+    linear<bfloat16>(units_of_x, weight, bias, out, rows, units, features, threads, narrow_out);
+  else
+    linear<float>(units_of_x, weight, bias, out, rows, units, features, threads, narrow_out);
+}

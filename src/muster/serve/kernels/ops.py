@@ -1,0 +1,55 @@
+"""The operations that a network is served with, and which implementation of them runs.
+
+N new tokens, H heads, K kv heads, D head dim, E width, F ffn. `reference.py` is their definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from muster.serve.engine.batch import Batch, PagedCache
+from muster.serve.kernels.build import Unavailable, load_library
+from muster.serve.kernels.native import Native
+from muster.serve.kernels.packing import Weights
+from muster.serve.kernels.reference import Reference
+from muster.serve.kernels.shape import Heads, QKNorm, Rotation
+
+
+class Kernels(Protocol):
+    """What `Reference` and `Native` both are; activations and pages are of the type `compute`, fp32 or bf16."""
+
+    compute: torch.dtype
+    device: torch.device
+
+    def linear(self, weights: Weights, out: torch.dtype) -> Callable[[Tensor], Tensor]: ...
+
+    def add_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor: ...
+
+    def swiglu(self, gate_up: Tensor) -> Tensor: ...
+
+    def rotate_store(
+        self, qkv: Tensor, heads: Heads, rotation: Rotation | None, norm: QKNorm | None, slots: Tensor,
+        keys: Tensor, values: Tensor,
+    ) -> None: ...  # fmt: skip
+
+    def attend(self, qkv: Tensor, heads: Heads, batch: Batch, keys: Tensor, values: Tensor) -> Tensor: ...
+
+    def check(self, batch: Batch, cache: PagedCache, vocabulary: int) -> None: ...
+
+
+def choose_kernels(compute: torch.dtype, device: torch.device | str = "cpu") -> tuple[Kernels, str]:
+    """(the fastest operations that this machine has for a device and type, why). May compile for some seconds."""
+    device = torch.device(device)
+    if device.type != "cpu":
+        return Reference(
+            compute, device
+        ), f"torch operations: the C++ kernels are for CPUs, not for {device.type}"
+    try:
+        library, origin = load_library()
+    except Unavailable as reason:
+        return Reference(compute, device), f"torch operations, several times slower: {reason}"
+    return Native(library, compute), f"C++ kernels with AVX-512 VNNI ({origin})"

@@ -1,0 +1,36 @@
+"""What attention's operations have to know besides tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heads:
+    """The columns of a row of qkv: H * D of queries, K * D of keys, K * D of values."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    window: int | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a kv head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QKNorm:
+    """RMSNorm of each head's queries and keys before they are rotated."""
+
+    q: Tensor
+    """(D,) fp32."""
+    k: Tensor
+    eps: float
+
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines (N, D) fp32 of the new tokens; the halves of D are the same."""

@@ -1,0 +1,55 @@
+"""What one step of the engine computes, as tensors: several sequences' new tokens in a row, and the cache's pages.
+
+Sequences of different lengths lie one after the other (ragged), prompts' chunks and single tokens alike, so that a
+step is one pass whatever it mixes. Shapes: N new tokens, S sequences, P pages a sequence at most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """New tokens of S sequences and where their keys and values live. Tensors are int64 and contiguous, on the
+    model's device; a sequence's new tokens are the last ones of its length."""
+
+    tokens: Tensor
+    """(N,) token ids."""
+    positions: Tensor
+    """(N,) where each stands in its sequence."""
+    slots: Tensor
+    """(N,) where each token's key and value go: block * block_tokens + offset."""
+    starts: Tensor
+    """(S + 1,) the new tokens of sequence s are starts[s] : starts[s + 1]."""
+    lengths: Tensor
+    """(S,) tokens of each sequence, the new ones included."""
+    table: Tensor
+    """(S, P) each sequence's blocks in order, padded with 0."""
+    wanted: Tensor
+    """(W,) rows of the N whose logits are asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PagedCache:
+    """Keys and values of all layers in blocks of equally many tokens (PagedAttention, Kwon et al. 2023)."""
+
+    keys: tuple[Tensor, ...]
+    """One a layer: (blocks, K, block_tokens, D)."""
+    values: tuple[Tensor, ...]
+
+    @property
+    def block_tokens(self) -> int:
+        return self.keys[0].shape[2]
+
+
+class Network(Protocol):
+    """A model as the engine sees it."""
+
+    def logits(self, batch: Batch, cache: PagedCache) -> Tensor:
+        """Write the batch's keys and values into `cache`; fp32 logits (W, V) of its wanted rows. A row's logits are
+        the same, up to the dtype's rounding, whatever else is in the batch."""
+        ...

@@ -178,5 +178,5 @@ def test_the_clients_exception_for_a_prompt_beyond_the_context(client: openai.Op
 
 
 def test_after_all_this_the_server_answers(served: Any, client: openai.OpenAI) -> None:
-    assert served.engine.running == 0
+    assert served.engine.stats().running == 0
     assert client.completions.create(model="tiny", prompt="a", max_tokens=3, temperature=0).choices[0].text

@@ -108,7 +108,7 @@ def test_simulations(hundred: int) -> None:
         beginnings = [[rng.randrange(4) for _ in range(context - 2)] for _ in range(3)]
         ends: dict[str, int] = {}
         coming = rng.randint(1, 16)
-        arrivals, steps, oldest_before = 0, 0, -1
+        arrivals, steps = 0, 0
         while coming or scheduler.waiting or scheduler.running:
             steps += 1
             assert steps < 4000, "somebody starves"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,18 +49,17 @@ def _attention(
     values[block, :, offset] = v.transpose(0, 1)
     out = torch.empty_like(q.transpose(0, 1))  # (N, H, D)
     starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
-    for row, (first, last) in enumerate(zip(starts, starts[1:], strict=False)):
+    for row, (first, last) in enumerate(pairwise(starts)):
         seen = slice(lengths[row])
         pages = batch.table[row, : -(-lengths[row] // cache.block_tokens)]
         k = keys[pages].transpose(0, 1).flatten(1, 2)[:, seen]  # (P, K, B, D) -> (K, S, D)
         v = values[pages].transpose(0, 1).flatten(1, 2)[:, seen]
-        mine = q[:, first:last].unflatten(0, (k.shape[0], -1)).flatten(1, 2)  # (K, H/K * T, D)
-        mask = visible(
-            batch.positions[first:last], torch.arange(lengths[row], device=q.device), layer.window
-        )
-        mask = mask.repeat(q.shape[0] // k.shape[0], 1)  # (H/K * T, S)
+        new, heads = last - first, q.shape[0]
+        mine = q[:, first:last].reshape(k.shape[0], -1, q.shape[2])  # (K, H/K * T, D)
+        mask = visible(batch.positions[first:last], torch.arange(lengths[row], device=q.device), layer.window)
+        mask = mask.repeat(heads // k.shape[0], 1)  # (H/K * T, S)
         attended = F.scaled_dot_product_attention(mine[None], k[None], v[None], attn_mask=mask)[0]
         # (K, H/K * T, D) -> (T, H, D)
-        out[first:last] = attended.unflatten(1, (-1, last - first)).flatten(0, 1).transpose(0, 1)
+        out[first:last] = attended.reshape(heads, new, -1).transpose(0, 1)
     projected: Tensor = layer.o(out.flatten(1))[None]
     return projected

@@ -71,7 +71,9 @@ class Scheduler:
 
     def __init__(self, pool: BlockPool, *, streams: int, step_tokens: int) -> None:
         if step_tokens < streams:
-            raise ValueError(f"a step of {step_tokens} tokens is too small for {streams} streams of one token")
+            raise ValueError(
+                f"a step of {step_tokens} tokens is too small for {streams} streams of one token"
+            )
         self.pool = pool
         self.counts = Counts()
         self.waiting: list[Sequence] = []

@@ -72,14 +72,12 @@ def test_greedy_equals_the_plain_loop_for_other_families(
 
 
 def test_a_long_prompt_in_chunks_changes_nothing(
-    make_model: Any, running: Any, generate: Generate, reference: Any, monkeypatch: pytest.MonkeyPatch
+    model: Transformer, running: Any, generate: Generate, reference: Any
 ) -> None:
-    monkeypatch.setattr("muster.serve.batching.PREFILL_TOKENS", 7)
-    model = make_model()
     prompts = [list(range(60)), list(range(100, 130)), [5]]
 
     async def all_at_once() -> list[list[Token]]:
-        with running(model) as engine:
+        with running(model, step_tokens=7) as engine:
             return await asyncio.gather(*(generate(engine, request(p, max_tokens=12)) for p in prompts))
 
     for prompt, tokens in zip(prompts, asyncio.run(all_at_once()), strict=True):

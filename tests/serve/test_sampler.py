@@ -10,7 +10,7 @@ from muster.serve.adjust import Adjustment, adjust
 from muster.serve.protocol import SamplingParams
 from muster.serve.sampler import most_likely, sample, top_logprobs
 
-VOCAB = 20_000
+VOCAB = 6_000
 """Large enough that only candidates are looked at one by one."""
 
 
@@ -24,7 +24,7 @@ def normal(rows: int, vocab: int = VOCAB, spread: float = 3.0, seed: int = 0) ->
 
 def drawn(logits: Tensor, times: int, seed: int = 5, **changes: Any) -> Tensor:
     """How often each token of logits (V,) is drawn."""
-    rows, counts = 500, torch.zeros(len(logits))
+    rows, counts = 250, torch.zeros(len(logits))
     for first in range(0, times, rows):
         ids, _ = sample(
             logits.expand(rows, -1), [draw(**changes)] * rows, [seed] * rows, range(first, first + rows)
@@ -54,7 +54,7 @@ def test_a_tiny_temperature_does_not_overflow() -> None:
     assert sample(torch.tensor([[3e4, -3e4, 2.9e4]]), [draw(temperature=2e-5)], [0], [0])[0] == [0]
 
 
-@pytest.mark.parametrize("vocab", [1, 70, 5000, VOCAB, VOCAB + 37])
+@pytest.mark.parametrize("vocab", [1, 70, 5000, 20_000, 20_037])
 def test_the_maximum_is_torchs(vocab: int) -> None:
     logits = normal(9, vocab)
     logits[3, vocab - 1] = 1e4
@@ -95,17 +95,17 @@ def test_a_row_draws_the_same_alone_and_in_a_crowd() -> None:
 @pytest.mark.parametrize("vocab", [50, VOCAB])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_draws_follow_the_distribution(vocab: int, temperature: float) -> None:
-    """Chi-squared over the likely tokens and the rest; with the large vocabulary half the mass is in the tail."""
+    """Chi-squared over the likely tokens and the rest; with the large vocabulary much of it outside the candidates."""
     logits = normal(1, vocab, spread=1.5)[0]
     p = (logits.double() / temperature).softmax(-1)
-    counts = drawn(logits, 20_000, temperature=temperature).double()
+    counts = drawn(logits, 6_000, temperature=temperature).double()
     order = p.argsort(descending=True)
     groups = [order[:1], order[1:3], order[3:8], order[8:20], order[20:50], order[50:500], order[500:]]
-    expected = torch.stack([p[group].sum() for group in groups if len(group)]) * 20_000
+    expected = torch.stack([p[group].sum() for group in groups if len(group)]) * 6_000
     seen = torch.stack([counts[group].sum() for group in groups if len(group)])
     assert float(((seen - expected) ** 2 / expected).sum()) < 24.3  # p = 0.0005 at 6 degrees of freedom
     if vocab == VOCAB:
-        assert 0.3 < float(p[order[64:]].sum()) < 0.999, "the tail is drawn from"
+        assert 0.3 < float(p[order[64:]].sum()) < 0.999, "the unlikely are drawn from, too"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_draws_follow_the_distribution(vocab: int, temperature: float) -> None:
     [
         {"top_k": 5},
         {"top_k": 200},
-        {"top_k": 3000},
+        {"top_k": 2500},
         {"top_p": 0.2},
         {"top_p": 0.9},
         {"top_k": 40, "top_p": 0.7},
@@ -126,7 +126,7 @@ def test_draws_follow_the_distribution(vocab: int, temperature: float) -> None:
 def test_filters_keep_what_their_definition_keeps(filters: dict[str, Any], vocab: int) -> None:
     logits = normal(1, vocab, spread=2.0, seed=3)[0]
     kept = set(kept_by_sort(logits, **filters).tolist())
-    seen = set(drawn(logits, 3000, **filters).nonzero().flatten().tolist())
+    seen = set(drawn(logits, 1000, **filters).nonzero().flatten().tolist())
     assert seen <= kept
     assert len(seen) >= min(len(kept), 20) * 0.5
     if len(kept) <= 8:
@@ -158,7 +158,7 @@ def test_two_alike_distributions_draw_the_same_token_mostly() -> None:
     )
     share = sum(a == b for a, b in zip(one, two, strict=True)) / rows
     overlap = float(torch.minimum(logits.softmax(-1), other.softmax(-1)).sum())
-    assert share > overlap / (2 - overlap) - 0.05  # Daliri et al. 2024
+    assert share > overlap / (2 - overlap) - 0.1  # Daliri et al. 2024
 
 
 def test_penalties_and_biases() -> None:

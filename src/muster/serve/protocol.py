@@ -57,6 +57,11 @@ class SamplingParams:
     """What the text must be; the request ends where it is complete."""
 
     @property
+    def filtered(self) -> bool:
+        """Whether some tokens are left out before the draw."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def penalized(self) -> bool:
         """Whether a draw depends on the tokens drawn before it."""
         return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)

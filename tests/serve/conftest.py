@@ -199,7 +199,9 @@ def _serving(
 ) -> Iterator[Served]:
     tokenizer = Tokenizer.byte()
     codec = TextCodec(tokenizer=tokenizer, eos_ids=frozenset({tokenizer.eos_id}), template=template)
-    engine = thread_engine(model, streams=streams, waiting_limit=waiting_limit, vocab=tokenizer.vocab)
+    engine = thread_engine(
+        model, streams=streams, waiting_limit=waiting_limit, vocab=tokenizer.vocab, guides=codec.guides
+    )
     bounds = Limits(context_tokens=model.spec.context, **limits)  # type: ignore[arg-type]
     sock = bind("127.0.0.1", 0)
     url = url_of(sock)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -67,9 +67,14 @@ class Setup:
 
 
 def open_model(
-    path: Path, *, dtype: DType = "bf16", streams: int = 1, context_tokens: int | None = None
+    path: Path,
+    *,
+    dtype: DType = "bf16",
+    streams: int = 1,
+    context_tokens: int | None = None,
+    own_process: bool = False,
 ) -> Opened:
-    """Load a model and start its engine in this process.
+    """Load a model and start its engine: on a thread of this process, or in its own.
 
     `context_tokens` shortens the model's own context. Raises UsageError for a folder that cannot be served and
     DoesNotFit when the key-value cache of one sequence exceeds the free memory.
@@ -93,7 +98,7 @@ def open_model(
     )
     return Opened(
         model_id=name,
-        engine=ThreadEngine(build_core(setup), threads=threads),
+        engine=_start(setup, own_process),
         codec=codec,
         parameters=spec.parameters(),
         dtype=dtype,
@@ -102,6 +107,14 @@ def open_model(
         threads=threads,
         threads_reason=reason,
     )
+
+
+def _start(setup: Setup, own_process: bool) -> Engine:
+    if not own_process:
+        return ThreadEngine(build_core(setup), threads=setup.threads)
+    from muster.serve.engine.process import ProcessEngine  # what it imports is in the extra
+
+    return ProcessEngine(asdict(setup))
 
 
 def build_core(setup: Setup) -> Core:
@@ -120,6 +133,7 @@ def build_core(setup: Setup) -> Core:
         step_tokens=max(STEP_TOKENS, setup.streams),
         context_tokens=setup.context_tokens,
         vocab=setup.vocab,
+        guides=TextCodec.from_folder(folder).guides,
     )
 
 

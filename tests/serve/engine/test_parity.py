@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 from collections.abc import Callable
@@ -18,6 +19,9 @@ import transformers
 from muster.model.folder import load_folder
 from muster.model.transformer import Transformer
 from muster.serve.engine.core import Core
+from muster.serve.engine.plain import PlainNetwork
+from muster.serve.engine.runner import new_cache
+from muster.serve.engine.speculation import Drafter, ModelDrafter, NgramDrafter
 from muster.serve.protocol import Request, SamplingParams, Token
 
 COMMON = {
@@ -129,6 +133,36 @@ def test_greedy_tokens_are_those_of_transformers(
     stats = core.stats()
     assert (stats.prefix_hit_tokens > 0) == (way != "no prefix cache")
     assert (stats.preemptions > 0) == (way == "preemption")
+
+
+@pytest.mark.parametrize("guessing", ["ngram", "draft model", "itself"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 30}]
+)
+def test_guessing_ahead_changes_no_token(
+    case: Case, make_core: Callable[..., Core], guessing: str, settings: dict[str, Any]
+) -> None:
+    params = {"seed": 7, "max_tokens": 40} | settings
+    expected = run(make_core(case.model, streams=5), case.prompts, **params)
+    drafter: Drafter = NgramDrafter()
+    if guessing != "ngram":
+        model = case.model
+        if guessing == "draft model":  # like the model, but not quite
+            model = copy.deepcopy(model)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.02)
+        cache = new_cache(model.spec, blocks=80, block_tokens=8, dtype=torch.float32)
+        drafter = ModelDrafter(PlainNetwork(model), cache, step_tokens=64)
+    core = make_core(case.model, streams=5, step_tokens=40, drafter=drafter, always_draft=True)
+    assert run(core, case.prompts, **params) == expected
+    stats = core.stats()
+    if guessing == "itself":
+        assert stats.accepted_tokens > 0.95 * stats.draft_tokens > 100
+    elif guessing == "draft model":
+        assert stats.draft_tokens > stats.accepted_tokens > 0.2 * stats.draft_tokens
+    if isinstance(drafter, ModelDrafter):
+        assert drafter._pool.used == 0
 
 
 def test_alone_and_again_from_the_cache(case: Case, make_core: Callable[..., Core]) -> None:

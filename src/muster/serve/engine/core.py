@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from muster.errors import UsageError
 from muster.serve.adjust import Adjustment, adjust
 from muster.serve.engine.batch import Network, PagedCache
 from muster.serve.engine.blocks import BlockPool, root
 from muster.serve.engine.runner import Runner
 from muster.serve.engine.scheduler import Scheduler, Work
 from muster.serve.engine.sequence import Sequence as Scheduled
+from muster.serve.engine.speculation import Asked, Drafter, Gain
+from muster.serve.guide import Guides, Matcher
 from muster.serve.protocol import EngineError, FinishReason, Request, Stats, Token
 from muster.serve.sampler import sample, top_logprobs
 
@@ -47,6 +51,7 @@ class _Live:
     sequence: Scheduled
     seed: int
     adjustment: Adjustment | None
+    matcher: Matcher | None
 
     @property
     def generated(self) -> int:
@@ -58,6 +63,7 @@ class Core:
 
     `streams` sequences run at once, a step computes `step_tokens` tokens at most. Tokens from `vocab` on (padding
     of the embedding matrix) are never drawn. `salt` names what the weights are: blocks of others are not shared.
+    `drafter` guesses tokens ahead where that is measured to pay, or always.
     """
 
     def __init__(
@@ -71,6 +77,9 @@ class Core:
         vocab: int | None = None,
         prefix_cache: bool = True,
         salt: str = "",
+        guides: Guides | None = None,
+        drafter: Drafter | None = None,
+        always_draft: bool = False,
     ) -> None:
         pool = BlockPool(cache.keys[0].shape[0], cache.block_tokens, prefix_cache=prefix_cache)
         self._scheduler = Scheduler(pool, streams=streams, step_tokens=step_tokens)
@@ -82,6 +91,9 @@ class Core:
         self._context_tokens = context_tokens
         self._runner = Runner(network, cache, vocab=vocab)
         self._root = root(salt)
+        self._guides = guides
+        self._drafter, self._gain = drafter, None if always_draft else Gain()
+        self._drafted = self._accepted_tokens = 0
         self._live: dict[str, _Live] = {}
         self._arrivals = 0
         self._outcome = Outcome()
@@ -102,6 +114,16 @@ class Core:
             )
             self._outcome.items.append((request.id, error))
             return
+        matcher: Matcher | None = None
+        if params.guide is not None:
+            if self._guides is None:
+                self._outcome.items.append((request.id, EngineError("this engine has no structured output")))
+                return
+            try:
+                matcher = self._guides.start(params.guide)
+            except UsageError as refusal:
+                self._outcome.items.append((request.id, EngineError(str(refusal))))
+                return
         sequence = Scheduled(
             id=request.id,
             arrival=self._arrivals,
@@ -117,14 +139,15 @@ class Core:
             sequence,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             adjustment=Adjustment(params, prompt) if Adjustment.needed(params) else None,
+            matcher=matcher,
         )
         self._scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free what it holds; unknown ones are ignored."""
-        live = self._live.pop(request_id, None)
+        live = self._live.get(request_id)
         if live is not None:
-            self._scheduler.remove(live.sequence)
+            self._forget(live)
 
     def abandon(self) -> Outcome:
         """End all requests, as the engine is stopping."""
@@ -134,14 +157,37 @@ class Core:
 
     def step(self) -> Outcome:
         """Compute one step."""
-        plan = self._scheduler.plan()
+        began, before = time.perf_counter(), self._generated
+        guess = self._drafter is not None and (
+            self._gain is None or self._gain.guesses(len(self._scheduler.running))
+        )
+        plan = self._scheduler.plan(self._guesses() if guess else None)
         self._outcome.admitted += [sequence.id for sequence in plan.admitted]
         if plan.works:
             self._steps += 1
             self._runner.prepare(plan.chores)
             for works, logits in self._computed(plan.works):
                 self._settle(works, logits)
+            if self._gain is not None and all(work.stop - work.start == 1 for work in plan.works):
+                took = time.perf_counter() - began
+                self._gain.record(len(plan.works), guess, self._generated - before, took)
         return self._handed_over()
+
+    def _guesses(self) -> dict[str, list[int]]:
+        """At the tokens of sequences whose draws depend on nothing but what came before."""
+        assert self._drafter is not None
+        asked = []
+        for sequence in self._scheduler.running:
+            live = self._live[sequence.id]
+            room = live.request.params.max_tokens - live.generated - 1
+            if sequence.missing == 1 and room > 0 and live.adjustment is None and live.matcher is None:
+                asked.append(Asked(sequence, live.request.params, live.seed, room))
+        try:
+            return self._drafter.propose(asked) if asked else {}
+        except Exception as error:  # worth a line, not a request
+            _LOG.error("guessing ahead failed, and is off from now on", exc_info=error)
+            self._drafter = None
+            return {}
 
     def stats(self) -> Stats:
         scheduler = self._scheduler
@@ -156,6 +202,8 @@ class Core:
             prefix_query_tokens=scheduler.counts.prefix_query_tokens,
             prefix_hit_tokens=scheduler.counts.prefix_hit_tokens,
             preemptions=scheduler.counts.preemptions,
+            draft_tokens=self._drafted,
+            accepted_tokens=self._accepted_tokens,
         )
 
     def _handed_over(self) -> Outcome:
@@ -209,6 +257,8 @@ class Core:
             live.sequence.sound = True
             tokens = list(self._accepted(live, work, rows, ids, logprobs))
             self._generated += len(tokens)
+            self._drafted += len(work.draft)
+            self._accepted_tokens += len(tokens) - 1
             self._scheduler.advance(work, [token.id for token in tokens])
             for token in tokens:
                 self._outcome.items.append((live.request.id, token))
@@ -226,7 +276,9 @@ class Core:
         for row, guess in zip(rows, (*work.draft, None), strict=True):
             id, left = ids[row], left - 1
             reason: FinishReason | None = "length" if left == 0 else None
-            if id in params.stop_ids:
+            if live.matcher is not None:
+                live.matcher.push(id)
+            if id in params.stop_ids or (live.matcher is not None and live.matcher.ended):
                 reason = "stop"
             logprob, top = logprobs.get(row, (None, ()))
             yield Token(id=id, logprob=logprob, top_logprobs=top, finish_reason=reason)
@@ -251,6 +303,9 @@ class Core:
         adjusted = [(row, live.adjustment) for row, live in enumerate(owners) if live.adjustment is not None]
         if adjusted:
             adjust(logits, [row for row, _ in adjusted], [one for _, one in adjusted])
+        for row, live in enumerate(owners):
+            if live.matcher is not None:
+                live.matcher.forbid(logits[row])
 
     def _of(self, work: Work) -> _Live:
         return self._live[work.sequence.id]
@@ -262,6 +317,8 @@ class Core:
     def _forget(self, live: _Live, *, damaged: bool = False) -> None:
         del self._live[live.request.id]
         self._scheduler.remove(live.sequence, damaged=damaged)
+        if self._drafter is not None:
+            self._drafter.forget(live.request.id)
 
 
 Logprob = tuple[float | None, tuple[tuple[int, float], ...]]

@@ -79,6 +79,15 @@ def test_models_that_cannot_be_opened(copy: Path) -> None:
         open_model(copy)
 
 
+def test_a_draft_model_of_the_same_tokenizer(folder: Path, copy: Path) -> None:
+    for draft in ("ngram", str(copy)):
+        opened = open_model(folder, dtype="fp32", draft=draft)
+        opened.engine.close()
+    edit(copy / "tokenizer_config.json", eos_token="a")
+    with pytest.raises(UsageError, match="another tokenizer than the model"):
+        open_model(folder, draft=str(copy))
+
+
 def test_threads_are_chosen_with_a_reason() -> None:
     assert choose_threads(4_000_000)[0] == 1
     threads, reason = choose_threads(8_000_000_000)

@@ -17,6 +17,7 @@ def serve(
     streams: int | None = None,
     context: int | None = None,
     dtype: Literal["bf16", "fp32"] = "bf16",
+    draft: str | None = None,
 ) -> None:
     """Serve a model over HTTP, with the completions and chat API of OpenAI.
 
@@ -36,6 +37,9 @@ def serve(
         Longest sequence in tokens, prompt and completion together. Default: the model's.
     dtype
         Precision of weights and cache; bf16 is the fast one.
+    draft
+        A smaller model with the same tokenizer that guesses ahead, or `ngram` for guesses from the text itself. Used
+        while it is measured to be faster; the answers stay the same.
     """
     if streams is not None and streams < 1:
         raise UsageError(f"--streams {streams} should be at least 1")
@@ -65,6 +69,7 @@ def serve(
             streams=streams or section.streams,
             context_tokens=context,
             own_process=True,
+            draft=draft,
         )
         limits = Limits(context_tokens=model.context_tokens, request_s=section.timeout)
         app = build_app(model.engine, model.codec, model.model_id, limits)

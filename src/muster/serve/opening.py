@@ -13,15 +13,20 @@ from muster.errors import DoesNotFit, UsageError
 from muster.model.folder import load_folder, read_spec
 from muster.model.spec import TransformerSpec
 from muster.serve.codec import TextCodec
+from muster.serve.engine.batch import Network, PagedCache
 from muster.serve.engine.core import Core
 from muster.serve.engine.plain import PlainNetwork
 from muster.serve.engine.runner import new_cache
+from muster.serve.engine.speculation import Drafter, ModelDrafter, NgramDrafter
 from muster.serve.engine.thread import ThreadEngine
 from muster.serve.folders import find_folder
 from muster.serve.protocol import Engine
 
 DType = Literal["bf16", "fp32"]
 _TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+NGRAM = "ngram"
+"""In place of a draft model: what came after the last few tokens before."""
 
 BLOCK_TOKENS = 16
 """Tokens of a block of the key-value cache: what is shared of prompts is a multiple of it."""
@@ -64,6 +69,8 @@ class Setup:
     vocab: int
     """Tokens of the tokenizer; embeddings beyond are padding."""
     threads: int
+    draft: str | None = None
+    """`ngram`, or the folder of the model that guesses ahead; None for no guesses."""
 
 
 def open_model(
@@ -73,11 +80,13 @@ def open_model(
     streams: int = 1,
     context_tokens: int | None = None,
     own_process: bool = False,
+    draft: str | None = None,
 ) -> Opened:
     """Load a model and start its engine: on a thread of this process, or in its own.
 
-    `context_tokens` shortens the model's own context. Raises UsageError for a folder that cannot be served and
-    DoesNotFit when the key-value cache of one sequence exceeds the free memory.
+    `context_tokens` shortens the model's own context. `draft` is `ngram`, or the path of a smaller model with the
+    same tokenizer: its guesses at next tokens are used where that is measured to be faster. Raises UsageError for a
+    folder that cannot be served and DoesNotFit when the key-value cache of one sequence exceeds the free memory.
     """
     folder, name = find_folder(path)
     spec = read_spec(folder)
@@ -95,6 +104,7 @@ def open_model(
         context_tokens=min(context_tokens or spec.context, spec.context),
         vocab=codec.tokenizer.vocab,
         threads=threads,
+        draft=draft if draft is None or draft == NGRAM else str(_draft_folder(Path(draft), codec)),
     )
     return Opened(
         model_id=name,
@@ -117,15 +127,28 @@ def _start(setup: Setup, own_process: bool) -> Engine:
     return ProcessEngine(asdict(setup))
 
 
+def _draft_folder(path: Path, codec: TextCodec) -> Path:
+    folder, name = find_folder(path)
+    other = TextCodec.from_folder(folder).tokenizer
+    if other.digest != codec.tokenizer.digest:
+        raise UsageError(
+            f"the draft model {name} has another tokenizer than the model, so that its tokens are not the model's: "
+            f"use one that was trained or distilled with the same"
+        )
+    return folder
+
+
 def build_core(setup: Setup) -> Core:
     """Load the weights and make room for keys and values."""
-    folder = Path(setup.folder)
-    spec = read_spec(folder)
-    network = PlainNetwork(load_folder(folder, dtype=_TORCH[setup.dtype]))
-    blocks = cache_blocks(
-        spec, _TORCH[setup.dtype], setup.streams, setup.context_tokens, psutil.virtual_memory().available
-    )
-    cache = new_cache(spec, blocks=blocks, block_tokens=BLOCK_TOKENS, dtype=_TORCH[setup.dtype])
+    free_bytes = psutil.virtual_memory().available
+    network, cache = _network(Path(setup.folder), setup, free_bytes)
+    drafter: Drafter | None = None
+    if setup.draft == NGRAM:
+        drafter = NgramDrafter()
+    elif setup.draft is not None:
+        drafter = ModelDrafter(
+            *_network(Path(setup.draft), setup, free_bytes), vocab=setup.vocab, step_tokens=STEP_TOKENS
+        )
     return Core(
         network,
         cache,
@@ -133,8 +156,22 @@ def build_core(setup: Setup) -> Core:
         step_tokens=max(STEP_TOKENS, setup.streams),
         context_tokens=setup.context_tokens,
         vocab=setup.vocab,
-        guides=TextCodec.from_folder(folder).guides,
+        guides=TextCodec.from_folder(Path(setup.folder)).guides,
+        drafter=drafter,
     )
+
+
+def _network(folder: Path, setup: Setup, free_bytes: int) -> tuple[Network, PagedCache]:
+    """The one place that decides what computes: a folder's weights, and the cache beside them."""
+    spec, dtype = read_spec(folder), _TORCH[setup.dtype]
+    if spec.context < setup.context_tokens:
+        raise UsageError(
+            f"the draft model {folder} has a context of {spec.context} tokens, fewer than the {setup.context_tokens} "
+            f"that are served: use --context {spec.context}"
+        )
+    blocks = cache_blocks(spec, dtype, setup.streams, setup.context_tokens, free_bytes)
+    network = PlainNetwork(load_folder(folder, dtype=dtype))
+    return network, new_cache(spec, blocks=blocks, block_tokens=BLOCK_TOKENS, dtype=dtype)
 
 
 def cache_blocks(

@@ -47,15 +47,16 @@ class ProcessEngine:
         *,
         waiting_limit: int = WAITING_LIMIT,
         waiting_tokens: int = WAITING_TOKENS,
+        restarts: int = RESTARTS,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
-        self._setup, self.on_end = setup, on_end
+        self._setup, self._restarts, self.on_end = setup, restarts, on_end
         self.failure: str | None = None
         """Why it has ended for good."""
         self._streams = Streams(waiting_limit, waiting_tokens)
         self._stats = Stats()
         self._closing = False
-        self._ends: deque[float] = deque(maxlen=RESTARTS + 1)
+        self._ends: deque[float] = deque(maxlen=restarts + 1)
         self._changed = threading.Lock()  # guards which process it is
         self._process, self._wire = self._start()
         messages = self._wire.messages()
@@ -133,8 +134,8 @@ class ProcessEngine:
                 self._wire.close()
                 cause = f"the engine's process {_ending(self._process.wait())}"
                 self._ends.append(time.monotonic())
-                if len(self._ends) > RESTARTS and self._ends[-1] - self._ends[0] < RESTART_WINDOW_S:
-                    self._give_up(f"{cause}, for the {len(self._ends)}th time in {RESTART_WINDOW_S:.0f} s")
+                if len(self._ends) > self._restarts and self._ends[-1] - self._ends[0] < RESTART_WINDOW_S:
+                    self._give_up(f"{cause}, {len(self._ends)} times within {RESTART_WINDOW_S:.0f} s")
                     return
                 _LOG.error("%s; it is started again", cause)
                 self._stats = Stats()

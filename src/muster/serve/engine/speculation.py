@@ -81,9 +81,9 @@ class NgramDrafter:
                     grams.after[tuple(tokens[place - run : place])] = place
         grams.indexed = len(tokens)
         for run in self._RUNS:
-            place = grams.after.get(tuple(tokens[-run:])) if run <= len(tokens) else None
-            if place is not None:
-                return tokens[place : place + min(GUESSES, asked.room)]
+            seen = grams.after.get(tuple(tokens[-run:])) if run <= len(tokens) else None
+            if seen is not None:
+                return tokens[seen : seen + min(GUESSES, asked.room)]
         return []
 
 

@@ -33,8 +33,10 @@ class Matcher:
         return bool(self._matcher.is_stopped())
 
     def forbid(self, row: Tensor) -> None:
-        """Set the logits (V,) of tokens that may not come next to -inf."""
+        """Set the logits (V,) of tokens that may not come next to -inf; raises ValueError where the library fails."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            raise ValueError(_first_line(self._matcher.get_error()))
         allowed = np.unpackbits(bits, bitorder="little", count=len(row))
         row.masked_fill_(torch.from_numpy(allowed == 0).to(row.device), -torch.inf)
 

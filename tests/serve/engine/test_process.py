@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from muster.errors import UsageError
 from muster.model.folder import load_folder
 from muster.serve.engine.core import Outcome
 from muster.serve.engine.process import ProcessEngine
-from muster.serve.engine.wire import from_outcome, from_request, to_outcome, to_request
+from muster.serve.engine.wire import Wire, from_outcome, from_request, to_outcome, to_request
 from muster.serve.opening import Setup
 from muster.serve.protocol import EngineError, Guide, Request, SamplingParams, Stats, Token
 
@@ -47,6 +48,17 @@ def greedy(id: str, max_tokens: int = 8) -> Request:
     return Request(id=id, prompt=(1, 2, 3), params=params)
 
 
+def over(message: dict[str, Any]) -> dict[str, Any]:
+    """What a message is at the other end of a wire."""
+    here, there = socket.socketpair()
+    sender, receiver = Wire(here), Wire(there)
+    sender.send(message)
+    received = next(receiver.messages())
+    sender.close()
+    receiver.close()
+    return received
+
+
 def test_what_crosses_the_wire_arrives_as_it_was() -> None:
     params = SamplingParams(
         max_tokens=3,
@@ -57,11 +69,13 @@ def test_what_crosses_the_wire_arrives_as_it_was() -> None:
         logprobs=1,
     )
     request = Request(id="a", prompt=(1, 2), params=params, priority=-1, client="me")
-    assert to_request(from_request(request)) == request
+    assert to_request(over(from_request(request))) == request
     token = Token(id=4, logprob=-0.5, top_logprobs=((4, -0.5), (5, -1.5)), finish_reason="stop")
     there = to_outcome(
-        from_outcome(
-            Outcome(items=[("a", token), ("b", EngineError("why"))], admitted=["c"], stats=Stats(steps=2))
+        over(
+            from_outcome(
+                Outcome(items=[("a", token), ("b", EngineError("why"))], admitted=["c"], stats=Stats(steps=2))
+            )
         )
     )
     assert there.items[0] == ("a", token)

@@ -238,7 +238,7 @@ class Core:
             return
         owners = [live for work, live in drawing for _ in range(1 + len(work.draft))]  # of each row
         raw = self._raw(owners, logits)
-        self._adjust(owners, logits)
+        lost = self._adjust(owners, logits)
         positions = [live.generated + index for work, live in drawing for index in range(1 + len(work.draft))]
         ids, sound = sample(
             logits, [live.request.params for live in owners], [live.seed for live in owners], positions
@@ -248,6 +248,9 @@ class Core:
         for work, live in drawing:
             rows = range(row, row + 1 + len(work.draft))
             row = rows.stop
+            if live in lost:
+                self._end(live, lost[live])
+                continue
             if not all(sound[row] for row in rows):
                 error = EngineError(
                     "the model's output is not finite (nan or inf): its weights may be damaged"
@@ -299,13 +302,19 @@ class Core:
         found = top_logprobs(torch.stack(list(raw.values())), [ids[row] for row in raw], counts)
         return dict(zip(raw, found, strict=True))
 
-    def _adjust(self, owners: Sequence[_Live], logits: Tensor) -> None:
+    def _adjust(self, owners: Sequence[_Live], logits: Tensor) -> dict[_Live, EngineError]:
+        """What the requests change about logits (W, V), in place; and those whose guide has failed."""
         adjusted = [(row, live.adjustment) for row, live in enumerate(owners) if live.adjustment is not None]
         if adjusted:
             adjust(logits, [row for row, _ in adjusted], [one for _, one in adjusted])
+        lost = {}
         for row, live in enumerate(owners):
             if live.matcher is not None:
-                live.matcher.forbid(logits[row])
+                try:
+                    live.matcher.forbid(logits[row])
+                except ValueError as error:
+                    lost[live] = EngineError(f"the text cannot be continued as asked for: {error}")
+        return lost
 
     def _of(self, work: Work) -> _Live:
         return self._live[work.sequence.id]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 
@@ -10,6 +11,8 @@ import torch
 from muster.serve.crossing import Inbox, Streams
 from muster.serve.engine.core import Core, Outcome
 from muster.serve.protocol import Request, Stats, Token
+
+_LOG = logging.getLogger(__name__)
 
 WAITING_LIMIT = 256
 WAITING_TOKENS = 200_000
@@ -54,7 +57,11 @@ class ThreadEngine:
     def _run(self) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
-        drive(self._core, self._inbox, self._deliver)
+        try:
+            drive(self._core, self._inbox, self._deliver)
+        except Exception as error:  # a fault of ours: nobody shall wait for tokens that never come
+            _LOG.error("the engine has ended", exc_info=error)
+            self._streams.fail(f"the engine has ended ({type(error).__name__}); the log has the details")
 
     def _deliver(self, outcome: Outcome) -> None:
         self._stats = outcome.stats

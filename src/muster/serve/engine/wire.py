@@ -9,7 +9,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 import orjson
@@ -61,9 +61,9 @@ class Wire:
 
 
 def from_request(request: Request) -> dict[str, Any]:
-    plain = asdict(request)
-    plain["params"]["stop_ids"] = list(request.params.stop_ids)
-    return plain
+    params = {field.name: getattr(request.params, field.name) for field in fields(request.params)}
+    params["stop_ids"] = list(request.params.stop_ids)
+    return {field.name: getattr(request, field.name) for field in fields(request)} | {"params": params}
 
 
 def to_request(plain: dict[str, Any]) -> Request:
@@ -82,7 +82,7 @@ def from_outcome(outcome: Outcome) -> dict[str, Any]:
         else [id, item.id, item.logprob, item.top_logprobs, item.finish_reason]
         for id, item in outcome.items
     ]
-    return {"items": items, "admitted": outcome.admitted, "stats": asdict(outcome.stats)}
+    return {"items": items, "admitted": outcome.admitted, "stats": outcome.stats}
 
 
 def to_outcome(plain: dict[str, Any]) -> Outcome:
@@ -90,8 +90,8 @@ def to_outcome(plain: dict[str, Any]) -> Outcome:
     return Outcome(items=items, admitted=plain["admitted"], stats=Stats(**plain["stats"]))
 
 
-def _to_item(fields: list[Any]) -> Item:
-    if len(fields) == 1:
-        return EngineError(fields[0])
-    id, logprob, top, reason = fields
+def _to_item(values: list[Any]) -> Item:
+    if len(values) == 1:
+        return EngineError(values[0])
+    id, logprob, top, reason = values
     return Token(id=id, logprob=logprob, top_logprobs=tuple(map(tuple, top)), finish_reason=reason)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from muster.model.transformer import Transformer
-from muster.serve.engine.speculation import Gain
+from muster.serve.engine.speculation import Asked, Gain
 from muster.serve.engine.thread import ThreadEngine
 from muster.serve.protocol import EngineError, Guide, Overloaded, Request, SamplingParams, Token
 
@@ -332,3 +332,32 @@ def test_guessing_goes_on_only_where_it_pays(pays: bool) -> None:
         gain.record(4, guessed, tokens=8 if guessed else 4, seconds=with_guesses if guessed else 0.01)
     share = sum(on[500:]) / len(on[500:])
     assert share > 0.9 if pays else share < 0.1
+
+
+class Poisonous:
+    """Guesses a token that makes the model's output nan, as any guess may."""
+
+    def __init__(self, poison: int) -> None:
+        self.poison = poison
+
+    def propose(self, asked: Sequence[Asked]) -> dict[str, list[int]]:
+        return {one.sequence.id: [self.poison] * min(one.room, 3) for one in asked}
+
+    def forget(self, id: str) -> None:
+        pass
+
+
+def test_a_wrong_guess_does_no_harm(make_model: Any, make_core: Any, reference: Any) -> None:
+    model = make_model()
+    expected = reference(model, [1, 2, 3], 30)
+    poison = next(id for id in range(256) if id not in expected)
+    with torch.no_grad():
+        model.embed.weight[poison] = torch.nan
+    core = make_core(model, drafter=Poisonous(poison), always_draft=True)
+    core.add(request([1, 2, 3], max_tokens=30))
+    found = []
+    with torch.inference_mode():
+        while core.busy:
+            found += [item for _, item in core.step().items]
+    assert ids(found) == expected
+    assert core.stats().steps == 31, "one of them for nothing"

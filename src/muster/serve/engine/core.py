@@ -11,8 +11,8 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
-import torch
 from torch import Tensor
 
 from muster.errors import UsageError
@@ -52,6 +52,8 @@ class _Live:
     seed: int
     adjustment: Adjustment | None
     matcher: Matcher | None
+    guessed: bool
+    """Whether its next tokens may be guessed."""
 
     @property
     def generated(self) -> int:
@@ -140,6 +142,8 @@ class Core:
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             adjustment=Adjustment(params, prompt) if Adjustment.needed(params) else None,
             matcher=matcher,
+            # Guesses are for draws that depend on nothing but the tokens before.
+            guessed=matcher is None and not params.penalized,
         )
         self._scheduler.add(sequence)
 
@@ -174,13 +178,12 @@ class Core:
         return self._handed_over()
 
     def _guesses(self) -> dict[str, list[int]]:
-        """At the tokens of sequences whose draws depend on nothing but what came before."""
         assert self._drafter is not None
         asked = []
         for sequence in self._scheduler.running:
             live = self._live[sequence.id]
             room = live.request.params.max_tokens - live.generated - 1
-            if sequence.missing == 1 and room > 0 and live.adjustment is None and live.matcher is None:
+            if live.guessed and sequence.missing == 1 and room > 0:
                 asked.append(Asked(sequence, live.request.params, live.seed, room))
         try:
             return self._drafter.propose(asked) if asked else {}
@@ -246,12 +249,15 @@ class Core:
         logprobs = self._logprobs(owners, raw, ids)
         row = 0
         for work, live in drawing:
-            rows = range(row, row + 1 + len(work.draft))
-            row = rows.stop
+            first, row = row, row + 1 + len(work.draft)
             if live in lost:
                 self._end(live, lost[live])
                 continue
-            if not all(sound[row] for row in rows):
+            rows = list(takewhile(sound.__getitem__, range(first, row)))
+            if not rows and work.draft:  # a wrong guess may be what is not finite: the next step goes without
+                live.guessed = False
+                continue
+            if not rows:
                 error = EngineError(
                     "the model's output is not finite (nan or inf): its weights may be damaged"
                 )
@@ -271,12 +277,12 @@ class Core:
                 self._forget(live)
 
     def _accepted(
-        self, live: _Live, work: Work, rows: range, ids: Sequence[int], logprobs: dict[int, Logprob]
+        self, live: _Live, work: Work, rows: Sequence[int], ids: Sequence[int], logprobs: dict[int, Logprob]
     ) -> Iterator[Token]:
         """A work's new tokens: as long as what was drawn is what had been guessed, the next row counts too."""
         params = live.request.params
         left = params.max_tokens - live.generated
-        for row, guess in zip(rows, (*work.draft, None), strict=True):
+        for row, guess in zip(rows, (*work.draft, None), strict=False):
             id, left = ids[row], left - 1
             reason: FinishReason | None = "length" if left == 0 else None
             if live.matcher is not None:
@@ -288,19 +294,19 @@ class Core:
             if reason is not None or id != guess:
                 return
 
-    def _raw(self, owners: Sequence[_Live], logits: Tensor) -> dict[int, Tensor]:
-        """Rows whose log-probabilities are asked for, before anything changes them."""
+    def _raw(self, owners: Sequence[_Live], logits: Tensor) -> tuple[list[int], Tensor]:
+        """Rows whose log-probabilities are asked for, as they are before anything changes them."""
         asked = [row for row, live in enumerate(owners) if live.request.params.logprobs is not None]
-        return dict(zip(asked, logits[asked].clone(), strict=True)) if asked else {}
+        return asked, logits[asked]
 
     def _logprobs(
-        self, owners: Sequence[_Live], raw: dict[int, Tensor], ids: Sequence[int]
+        self, owners: Sequence[_Live], raw: tuple[list[int], Tensor], ids: Sequence[int]
     ) -> dict[int, Logprob]:
-        if not raw:
+        asked, logits = raw
+        if not asked:
             return {}
-        counts = [owners[row].request.params.logprobs or 0 for row in raw]
-        found = top_logprobs(torch.stack(list(raw.values())), [ids[row] for row in raw], counts)
-        return dict(zip(raw, found, strict=True))
+        counts = [owners[row].request.params.logprobs or 0 for row in asked]
+        return dict(zip(asked, top_logprobs(logits, [ids[row] for row in asked], counts), strict=True))
 
     def _adjust(self, owners: Sequence[_Live], logits: Tensor) -> dict[_Live, EngineError]:
         """What the requests change about logits (W, V), in place; and those whose guide has failed."""

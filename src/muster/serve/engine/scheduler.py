@@ -20,7 +20,7 @@ from muster.serve.engine.blocks import BlockPool, Chore, Key
 from muster.serve.engine.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # and not frozen, which would triple the cost of making one
 class Work:
     """One sequence's part of a step: its tokens from `start` to `stop`, and guesses at those that follow."""
 

@@ -23,6 +23,7 @@ class Stream:
         self.request = request
         self.loop = asyncio.get_running_loop()
         self.arrived: asyncio.Queue[Item | None] = asyncio.Queue()
+        self.dropped = False
 
     def __aiter__(self) -> AsyncIterator[Token]:
         return self
@@ -80,6 +81,7 @@ class Streams:
             stream = self._live.pop(request_id, None)
             self._admit(request_id)
         if stream is not None:
+            stream.dropped = True
             stream.arrived.put_nowait(None)
         return stream is not None
 
@@ -115,6 +117,8 @@ class Streams:
 
 def _hand_out(ready: Sequence[tuple[Stream, Item]]) -> None:
     for stream, item in ready:
+        if stream.dropped:  # while this was on its way
+            continue
         stream.arrived.put_nowait(item)
         if isinstance(item, EngineError) or item.finish_reason is not None:
             stream.arrived.put_nowait(None)

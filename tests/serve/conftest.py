@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -18,8 +19,11 @@ from muster.data.tokenizer import Tokenizer
 from muster.model.folder import save_folder
 from muster.model.spec import TransformerSpec
 from muster.model.transformer import Transformer
-from muster.serve.batching import BatchingEngine
 from muster.serve.codec import TextCodec
+from muster.serve.engine.core import Core
+from muster.serve.engine.plain import PlainNetwork
+from muster.serve.engine.runner import new_cache
+from muster.serve.engine.thread import ThreadEngine
 from muster.serve.http import build_app
 from muster.serve.limits import Limits
 from muster.serve.protocol import Engine, Request, Token
@@ -28,7 +32,7 @@ from muster.serve.template import PLAIN, ChatTemplate
 
 CONTEXT = 96
 
-RunningEngine = Callable[..., AbstractContextManager[BatchingEngine]]
+RunningEngine = Callable[..., AbstractContextManager[ThreadEngine]]
 Generate = Callable[[Engine, Request], Awaitable[list[Token]]]
 Reference = Callable[[Transformer, Sequence[int], int], list[int]]
 
@@ -92,13 +96,51 @@ def folder(make_model: Callable[..., Transformer], tmp_path_factory: pytest.Temp
     return run
 
 
+def core_of(
+    model: Transformer,
+    *,
+    streams: int = 4,
+    step_tokens: int = 64,
+    block_tokens: int = 8,
+    blocks: int | None = None,
+    **options: Any,
+) -> Core:
+    """A core around a model; room for `streams` whole contexts, if not told otherwise."""
+    context = model.spec.context
+    room = streams * -(-context // block_tokens) + 1
+    cache = new_cache(
+        model.spec,
+        blocks=blocks or min(room, 8000),
+        block_tokens=block_tokens,
+        dtype=next(model.parameters()).dtype,
+    )
+    capacity = (cache.keys[0].shape[0] - 1) * block_tokens
+    return Core(
+        PlainNetwork(model),
+        cache,
+        streams=streams,
+        step_tokens=step_tokens,
+        context_tokens=min(context, capacity),
+        **options,
+    )
+
+
+def thread_engine(model: Transformer, *, waiting_limit: int = 256, **options: Any) -> ThreadEngine:
+    return ThreadEngine(core_of(model, **options), waiting_limit=waiting_limit, threads=1)
+
+
+@pytest.fixture(scope="session")
+def make_core() -> Callable[..., Core]:
+    return core_of
+
+
 @pytest.fixture
 def running() -> RunningEngine:
     """`with running(model, streams=4) as engine`: closed at the end, and then without a thread."""
 
     @contextlib.contextmanager
-    def run(model: Transformer, **options: int) -> Iterator[BatchingEngine]:
-        engine = BatchingEngine(model, **({"streams": 4, "threads": 1} | options))
+    def run(model: Transformer, **options: Any) -> Iterator[ThreadEngine]:
+        engine = thread_engine(model, **options)
         try:
             yield engine
         finally:
@@ -134,7 +176,7 @@ class Served:
     """A running server and what stands behind it."""
 
     url: str
-    engine: BatchingEngine
+    engine: ThreadEngine
     codec: TextCodec
 
     @property
@@ -157,8 +199,8 @@ def _serving(
 ) -> Iterator[Served]:
     tokenizer = Tokenizer.byte()
     codec = TextCodec(tokenizer=tokenizer, eos_ids=frozenset({tokenizer.eos_id}), template=template)
-    engine = BatchingEngine(
-        model, streams=streams, waiting_limit=waiting_limit, vocab=tokenizer.vocab, threads=1
+    engine = thread_engine(
+        model, streams=streams, waiting_limit=waiting_limit, vocab=tokenizer.vocab, guides=codec.guides
     )
     bounds = Limits(context_tokens=model.spec.context, **limits)  # type: ignore[arg-type]
     sock = bind("127.0.0.1", 0)

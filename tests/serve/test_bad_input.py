@@ -57,8 +57,18 @@ def refusal(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
         ({"stop": 5}, "stop", "a string or a list of at most 16"),
         ({"stop": ["a"] * 17}, "stop", "a string or a list of at most 16"),
         ({"stream": "yes"}, "stream", "valid boolean"),
-        ({"logit_bias": {"50": 1}}, "logit_bias", "not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+        ({"logit_bias": {"50": 101}}, "logit_bias.50", "less than or equal to 100"),
+        ({"logit_bias": {"999": 1}}, "logit_bias", "token id 999 is outside the vocabulary of 257"),
+        ({"logit_bias": {"a": 1}}, "logit_bias.a.[key]", "match pattern"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
+        ({"frequency_penalty": "x"}, "frequency_penalty", "valid number"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"min_p": 1.5}, "min_p", "less than or equal to 1"),
+        ({"guided_regex": "[a"}, "guided_regex", "the regex guide is not valid"),
+        ({"guided_choice": []}, "guided_choice", "at least 1 item"),
+        ({"guided_json": {"type": "nonsense"}}, "guided_json", "Invalid type: nonsense"),
+        ({"structured_outputs": {"regex": "(b"}}, "structured_outputs.regex", "not valid"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_regex", "contradict each other"),
         ({"best_of": 3}, "best_of", "not supported"),
         ({"suffix": "end"}, "suffix", "not supported"),
         ({"model": 5}, "model", "valid string"),
@@ -85,7 +95,13 @@ def test_wrong_fields_of_completions(served: Any, changes: dict[str, Any], param
         ),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "needs json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#/x"}}}},
+            "response_format",
+            "the json guide is not valid",
+        ),
         ({"max_completion_tokens": 1000}, "max_tokens", "context is 96"),
     ],
 )
@@ -178,5 +194,5 @@ def test_the_clients_exception_for_a_prompt_beyond_the_context(client: openai.Op
 
 
 def test_after_all_this_the_server_answers(served: Any, client: openai.OpenAI) -> None:
-    assert served.engine.running == 0
+    assert served.engine.stats().running == 0
     assert client.completions.create(model="tiny", prompt="a", max_tokens=3, temperature=0).choices[0].text

@@ -242,7 +242,7 @@ def test_overload_is_answered_429_with_retry_after(serving: Any, make_model: Any
         assert failure.value.type == "rate_limit_error"
         for stream in running:
             stream.close()
-        wait_until(lambda: served.engine.running == 0)
+        wait_until(lambda: served.engine.stats().running == 0)
         assert complete(client).choices[0].finish_reason == "length"
 
 
@@ -256,8 +256,8 @@ def test_a_client_that_leaves_frees_its_slot(serving: Any, make_model: Any, stre
             if stream:
                 sock.recv(10)
             else:
-                wait_until(lambda: served.engine.running == 2)
-        wait_until(lambda: served.engine.running == 0)
+                wait_until(lambda: served.engine.stats().running == 2)
+        wait_until(lambda: served.engine.stats().running == 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -269,4 +269,4 @@ def test_a_request_that_takes_too_long_ends_in_an_error(
         with pytest.raises(openai.APIError, match="longer than this server allows"):
             for _ in complete(client, max_tokens=50_000, stream=stream):
                 pass
-        wait_until(lambda: served.engine.running == 0)
+        wait_until(lambda: served.engine.stats().running == 0)

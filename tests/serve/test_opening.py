@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from muster.errors import ConfigError, DoesNotFit, UsageError
+from muster.model.folder import load_folder, read_spec
 from muster.serve.codec import TextCodec
 from muster.serve.folders import find_folder, serve_section
-from muster.serve.opening import choose_threads, open_model
+from muster.serve.opening import cache_blocks, choose_threads, open_model
 from muster.serve.server import bind, url_of
 
 
@@ -50,7 +52,8 @@ def test_opening_a_model(folder: Path) -> None:
     opened = open_model(folder, dtype="fp32", streams=2, context_tokens=1000)
     try:
         assert (opened.model_id, opened.context_tokens, opened.streams) == ("small-run", 96, 2)
-        assert opened.parameters == sum(p.numel() for p in opened.engine._model.parameters())
+        assert opened.parameters == sum(p.numel() for p in load_folder(folder / "hf").parameters())
+        assert opened.engine.stats().blocks == 2 * 6 + 1
         assert opened.codec.eos_ids == {opened.codec.tokenizer.eos_id}
         assert opened.threads == 1
     finally:
@@ -58,8 +61,14 @@ def test_opening_a_model(folder: Path) -> None:
 
 
 def test_models_that_cannot_be_opened(copy: Path) -> None:
-    with pytest.raises(DoesNotFit, match=r"streams of 96 tokens need a KV cache of .* lower --streams"):
-        open_model(copy, streams=10**12)
+    spec, free = read_spec(copy), 10**9
+    assert cache_blocks(spec, torch.float32, 4, 96, free) == 4 * 6 + 1
+    token_bytes = 2 * 2 * 2 * 8 * 4
+    assert cache_blocks(spec, torch.float32, 10**6, 96, free) == free // 2 // (16 * token_bytes)
+    with pytest.raises(
+        DoesNotFit, match=r"sequence of 2000000 tokens needs a KV cache of 0.5 GB, .* lower --context"
+    ):
+        cache_blocks(spec, torch.float32, 1, 2_000_000, free)
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 257, "content": "<|more|>"})
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -68,6 +77,15 @@ def test_models_that_cannot_be_opened(copy: Path) -> None:
     (copy / "tokenizer.json").unlink()
     with pytest.raises(UsageError, match=r"no tokenizer\.json"):
         open_model(copy)
+
+
+def test_a_draft_model_of_the_same_tokenizer(folder: Path, copy: Path) -> None:
+    for draft in ("ngram", str(copy)):
+        opened = open_model(folder, dtype="fp32", draft=draft)
+        opened.engine.close()
+    edit(copy / "tokenizer_config.json", eos_token="a")
+    with pytest.raises(UsageError, match="another tokenizer than the model"):
+        open_model(folder, draft=str(copy))
 
 
 def test_threads_are_chosen_with_a_reason() -> None:

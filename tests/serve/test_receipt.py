@@ -169,9 +169,9 @@ def test_a_client_that_stops_reading_is_cut_off(serving: Any, make_model: Any) -
             sock.sendall(HEAD % len(body) + body)
             sock.recv(10)
             deadline = time.monotonic() + 40
-            while served.engine.running and time.monotonic() < deadline:
+            while served.engine.stats().running and time.monotonic() < deadline:
                 time.sleep(0.02)
-            assert served.engine.running == 0
+            assert served.engine.stats().running == 0
 
 
 def test_stopping_does_not_wait_for_a_stalled_request(serving: Any, model: Any) -> None:

@@ -1,84 +1,186 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from muster.serve.sampler import Draw, invert_cdf, keep_top, sample, top_logprobs, uniform
+from muster.serve.adjust import Adjustment, adjust
+from muster.serve.protocol import SamplingParams
+from muster.serve.sampler import most_likely, sample, top_logprobs
+
+VOCAB = 6_000
+"""Large enough that only candidates are looked at one by one."""
 
 
-def draw(**changes: float) -> Draw:
-    settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0, "position": 0} | changes
-    return Draw(**settings)  # type: ignore[arg-type]
+def draw(**changes: Any) -> SamplingParams:
+    return SamplingParams(**({"max_tokens": 1} | changes))
+
+
+def normal(rows: int, vocab: int = VOCAB, spread: float = 3.0, seed: int = 0) -> Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def drawn(logits: Tensor, times: int, seed: int = 5, **changes: Any) -> Tensor:
+    """How often each token of logits (V,) is drawn."""
+    rows, counts = 250, torch.zeros(len(logits))
+    for first in range(0, times, rows):
+        ids, _ = sample(
+            logits.expand(rows, -1), [draw(**changes)] * rows, [seed] * rows, range(first, first + rows)
+        )
+        counts += torch.bincount(torch.tensor(ids), minlength=len(logits))
+    return counts
+
+
+def kept_by_sort(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """The definition, written plainly."""
+    ordered, ids = logits.double().sort(descending=True, stable=True)
+    kept = torch.arange(len(ids)) < (top_k or len(ids))
+    p = ordered.softmax(-1).where(kept, 0)
+    p = p / p.sum()
+    kept &= p.cumsum(-1) - p < top_p
+    kept &= p >= min_p * p[0]
+    return ids[kept]
 
 
 def test_temperature_zero_takes_the_most_likely_token() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
-    assert sample(logits, [draw(temperature=0), draw(temperature=1e-9)]).tolist() == [1, 0]
+    params = [draw(temperature=0), draw(temperature=1e-9)]
+    assert sample(logits, params, [0, 0], [0, 0]) == ([1, 0], [True, True])
 
 
 def test_a_tiny_temperature_does_not_overflow() -> None:
-    logits = torch.tensor([[3e4, -3e4, 2.9e4]])
-    assert sample(logits, [draw(temperature=2e-5)]).tolist() == [0]
+    assert sample(torch.tensor([[3e4, -3e4, 2.9e4]]), [draw(temperature=2e-5)], [0], [0])[0] == [0]
+
+
+@pytest.mark.parametrize("vocab", [1, 70, 5000, 20_000, 20_037])
+def test_the_maximum_is_torchs(vocab: int) -> None:
+    logits = normal(9, vocab)
+    logits[3, vocab - 1] = 1e4
+    logits[4, 0] = 1e4
+    logits[5, vocab // 2] = torch.nan
+    logits[6, vocab - 1] = torch.nan
+    logits[7, :] = 0.0
+    values, ids = most_likely(logits)
+    sound = [0, 1, 2, 3, 4, 7, 8]
+    assert torch.equal(values[sound], logits[sound].amax(-1))
+    assert torch.equal(ids[sound], logits[sound].argmax(-1))
+    assert values[[5, 6]].isnan().all()
+    assert sample(logits, [draw(temperature=0)] * 9, [0] * 9, [0] * 9)[1] == [
+        row in sound for row in range(9)
+    ]
 
 
 def test_a_row_draws_the_same_alone_and_in_a_crowd() -> None:
-    logits = torch.randn(16, 100, generator=torch.Generator().manual_seed(0))
-    draws = [
-        draw(seed=row, position=7, temperature=0.5 + row / 10, top_k=row * 3 % 11, top_p=1 - row % 3 / 10)
-        for row in range(16)
+    logits = normal(24)
+    params = [
+        draw(
+            temperature=0.5 + row / 10,
+            top_k=[0, 0, 5, 300, 2000][row % 5],
+            top_p=[1, 0.9, 0.999][row % 3],
+            min_p=[0, 0, 0, 0.05][row % 4],
+        )
+        for row in range(24)
     ]
-    crowd = sample(logits, draws).tolist()
-    assert crowd == [int(sample(logits[row : row + 1], [draws[row]])) for row in range(16)]
+    seeds = list(range(24))
+    for position in range(20):
+        crowd, _ = sample(logits, params, seeds, [position] * 24)
+        alone = [
+            sample(logits[row : row + 1], [params[row]], [seeds[row]], [position])[0][0] for row in range(24)
+        ]
+        assert crowd == alone
 
 
-def test_draws_follow_the_distribution() -> None:
-    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
-    uniforms = [uniform(seed=3, position=position) for position in range(20_000)]
-    drawn = invert_cdf(probabilities.expand(len(uniforms), -1), uniforms)
-    shares = torch.bincount(drawn, minlength=4) / len(uniforms)
-    assert shares[1] == 0
-    torch.testing.assert_close(shares, probabilities, atol=0.015, rtol=0)
-
-
-def test_uniforms_differ_by_seed_and_position_and_stay_below_one() -> None:
-    numbers = {uniform(seed, position) for seed in range(-50, 50) for position in range(50)}
-    assert len(numbers) == 5000
-    assert all(0 <= number < 1 for number in numbers)
-
-
-def test_the_largest_uniform_never_draws_a_token_of_probability_zero() -> None:
-    probabilities = torch.tensor([[0.3, 0.7, 0.0, 0.0]])
-    assert invert_cdf(probabilities, [1 - 2**-40]).tolist() == [1]
-    assert invert_cdf(torch.tensor([[0.0, 1.0]]), [0.0]).tolist() == [1]
+@pytest.mark.parametrize("vocab", [50, VOCAB])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_draws_follow_the_distribution(vocab: int, temperature: float) -> None:
+    """Chi-squared over the likely tokens and the rest; with the large vocabulary much of it outside the candidates."""
+    logits = normal(1, vocab, spread=1.5)[0]
+    p = (logits.double() / temperature).softmax(-1)
+    counts = drawn(logits, 6_000, temperature=temperature).double()
+    order = p.argsort(descending=True)
+    groups = [order[:1], order[1:3], order[3:8], order[8:20], order[20:50], order[50:500], order[500:]]
+    expected = torch.stack([p[group].sum() for group in groups if len(group)]) * 6_000
+    seen = torch.stack([counts[group].sum() for group in groups if len(group)])
+    assert float(((seen - expected) ** 2 / expected).sum()) < 24.3  # p = 0.0005 at 6 degrees of freedom
+    if vocab == VOCAB:
+        assert 0.3 < float(p[order[64:]].sum()) < 0.999, "the unlikely are drawn from, too"
 
 
 @pytest.mark.parametrize(
-    ("top_k", "top_p", "kept"),
+    "filters",
     [
-        (0, 1.0, [0, 1, 2, 3]),
-        (2, 1.0, [1, 3]),
-        (1, 0.1, [1]),
-        (0, 0.39, [1]),  # the first token alone reaches 0.4
-        (0, 0.41, [1, 3]),
-        (0, 0.7, [1, 3]),
-        (3, 0.999, [0, 1, 3]),  # top-p counts what top-k left
-        (99, 1.0, [0, 1, 2, 3]),
+        {"top_k": 5},
+        {"top_k": 200},
+        {"top_k": 2500},
+        {"top_p": 0.2},
+        {"top_p": 0.9},
+        {"top_k": 40, "top_p": 0.7},
+        {"min_p": 0.1},
+        {"min_p": 0.001},
+        {"top_p": 0.5, "min_p": 0.02},
     ],
 )
-def test_top_k_and_top_p_keep(top_k: int, top_p: float, kept: list[int]) -> None:
-    logits = torch.tensor([[0.2, 0.4, 0.1, 0.3]]).log()
-    assert keep_top(logits, [top_k], [top_p])[0].isfinite().nonzero().flatten().tolist() == kept
+@pytest.mark.parametrize("vocab", [300, VOCAB])
+def test_filters_keep_what_their_definition_keeps(filters: dict[str, Any], vocab: int) -> None:
+    logits = normal(1, vocab, spread=2.0, seed=3)[0]
+    kept = set(kept_by_sort(logits, **filters).tolist())
+    seen = set(drawn(logits, 1000, **filters).nonzero().flatten().tolist())
+    assert seen <= kept
+    assert len(seen) >= min(len(kept), 20) * 0.5
+    if len(kept) <= 8:
+        assert seen == kept
 
 
-def test_ties_at_the_border_of_top_k_go_to_the_smaller_ids() -> None:
-    assert keep_top(torch.zeros(1, 5), [2], [1.0])[0].isfinite().tolist() == [True, True, False, False, False]
+def test_exactly_k_stay_when_all_are_alike() -> None:
+    assert set(drawn(torch.zeros(5), 500, top_k=2).nonzero().flatten().tolist()) == {0, 1}
+    assert len(drawn(torch.zeros(VOCAB), 500, top_k=3).nonzero()) == 3
+
+
+def test_noise_differs_by_seed_and_position() -> None:
+    logits = torch.zeros(1, 5000)
+    ids = {
+        sample(logits, [draw()], [seed], [position])[0][0]
+        for seed in range(-10, 10)
+        for position in range(10)
+    }
+    assert len(ids) > 180
+
+
+def test_two_alike_distributions_draw_the_same_token_mostly() -> None:
+    """What a draft model lives on: the noise is the token's, not the place's in the cumulative distribution."""
+    logits = normal(1, spread=4.0)[0]
+    other = logits + normal(1, spread=0.2, seed=1)[0]
+    rows = 400
+    one, two = (
+        sample(x.expand(rows, -1), [draw()] * rows, [1] * rows, range(rows))[0] for x in (logits, other)
+    )
+    share = sum(a == b for a, b in zip(one, two, strict=True)) / rows
+    overlap = float(torch.minimum(logits.softmax(-1), other.softmax(-1)).sum())
+    assert share > overlap / (2 - overlap) - 0.1  # Daliri et al. 2024
+
+
+def test_penalties_and_biases() -> None:
+    logits = torch.tensor([[2.0, -2.0, 1.0, 0.0, 0.5], [2.0, -2.0, 1.0, 0.0, 0.5], [1.0, 1.0, 1.0, 1.0, 1.0]])
+    raw = logits.clone()
+    repeated = Adjustment(draw(repetition_penalty=2.0), [0, 1, 1])
+    counted = Adjustment(draw(presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((3, -100.0),)), [4])
+    for token in (2, 2, 3):
+        repeated.push(token)
+        counted.push(token)
+    adjust(logits, [0, 1], [repeated, counted])
+    assert logits[0].tolist() == [1.0, -4.0, 0.5, 0.0, 0.5]
+    assert logits[1].tolist() == [2.0, -2.0, 0.0, -100.75, 0.5]
+    assert torch.equal(logits[2], raw[2])
+    assert not Adjustment.needed(draw())
 
 
 def test_logprobs_are_those_of_the_raw_distribution() -> None:
-    logits = torch.tensor([0.0, 2.0, 1.0])
-    logprob, top = top_logprobs(logits, token=0, count=2)
-    expected = logits.log_softmax(-1)
+    logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, 2.0, 1.0]])
+    (logprob, top), (_, none) = top_logprobs(logits, tokens=[0, 0], counts=[2, 0])
+    expected = logits[0].log_softmax(-1)
     assert logprob == pytest.approx(float(expected[0]))
     assert [id for id, _ in top] == [1, 2]
     assert [value for _, value in top] == pytest.approx([float(expected[1]), float(expected[2])])
-    assert top_logprobs(logits, token=0, count=0)[1] == ()
+    assert none == ()

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from muster.errors import MissingExtra, UsageError
+from muster.errors import MissingExtra, MusterError, UsageError
 
 
 def serve(
@@ -17,6 +17,7 @@ def serve(
     streams: int | None = None,
     context: int | None = None,
     dtype: Literal["bf16", "fp32"] = "bf16",
+    draft: str | None = None,
 ) -> None:
     """Serve a model over HTTP, with the completions and chat API of OpenAI.
 
@@ -36,12 +37,16 @@ def serve(
         Longest sequence in tokens, prompt and completion together. Default: the model's.
     dtype
         Precision of weights and cache; bf16 is the fast one.
+    draft
+        A smaller model with the same tokenizer that guesses ahead, or `ngram` for guesses from the text itself. Used
+        while it is measured to be faster; the answers stay the same.
     """
     if streams is not None and streams < 1:
         raise UsageError(f"--streams {streams} should be at least 1")
     if context is not None and context < 2:
         raise UsageError(f"--context {context} should be at least 2: a prompt token and a completion token")
     try:
+        from muster.serve.engine.process import ProcessEngine
         from muster.serve.http import build_app
         from muster.serve.server import Server, bind, url_of
     except ModuleNotFoundError as error:
@@ -58,7 +63,14 @@ def serve(
     with bind(host or section.host, section.port if port is None else port) as sock:
         from muster.serve.opening import open_model
 
-        model = open_model(folder, dtype=dtype, streams=streams or section.streams, context_tokens=context)
+        model = open_model(
+            folder,
+            dtype=dtype,
+            streams=streams or section.streams,
+            context_tokens=context,
+            own_process=True,
+            draft=draft,
+        )
         limits = Limits(context_tokens=model.context_tokens, request_s=section.timeout)
         app = build_app(model.engine, model.codec, model.model_id, limits)
 
@@ -71,7 +83,13 @@ def serve(
             sys.stdout.write(f"serving {model.model_id} on {url_of(sock)}  ({facts})\n")
             sys.stdout.flush()
 
+        server = Server(app, limits, on_ready=announce)
+        engine = model.engine
+        if isinstance(engine, ProcessEngine):
+            engine.on_end = lambda: setattr(server, "should_exit", True)
         try:
-            Server(app, limits, on_ready=announce).serve_on(sock)
+            server.serve_on(sock)
         finally:
-            model.engine.close()
+            engine.close()
+        if isinstance(engine, ProcessEngine) and engine.failure is not None:
+            raise MusterError(f"{engine.failure}: the server's log has what it said")

@@ -89,6 +89,10 @@ class Tokenizer:
         content = json.dumps([json.loads(self._inner.to_str()), self.bos, self.eos], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
+    def to_json(self) -> str:
+        """The text of tokenizer.json."""
+        return str(self._inner.to_str())
+
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and what transformers needs beside it; an equal file is left untouched."""
         config = {

@@ -10,6 +10,7 @@ from typing import Any
 
 from muster.data.tokenizer import Tokenizer
 from muster.errors import UsageError
+from muster.serve.guide import Guides
 from muster.serve.template import PLAIN, ChatTemplate, Message, read_json, template_of
 
 _SHIELD = "\ufdd0"
@@ -28,6 +29,12 @@ class TextCodec:
     specials: Mapping[str, int] = field(default_factory=dict)
     """Special tokens that a chat template may write; elsewhere the same characters are plain text."""
     template: ChatTemplate = PLAIN
+    guides: Guides = field(init=False)
+    """What makes structured output of this tokenizer's tokens."""
+
+    def __post_init__(self) -> None:
+        guides = Guides(self.tokenizer.to_json, self.tokenizer.vocab, self.eos_ids)
+        object.__setattr__(self, "guides", guides)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a prompt; an empty one is the beginning of a document."""

@@ -48,7 +48,7 @@ class Generation:
             generated += 1
             ended = token.finish_reason
             piece = ""
-            if ended != "stop":  # the end-of-sequence token is no text
+            if token.id not in self.request.params.stop_ids:  # the end-of-sequence token is no text
                 held.append((known, token))
                 piece = self._text.push(token.id)
             if ended is not None:

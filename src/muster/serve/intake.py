@@ -11,10 +11,11 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from muster.errors import UsageError
 from muster.serve.codec import TextCodec
 from muster.serve.failures import RequestError
 from muster.serve.limits import Limits
-from muster.serve.protocol import Request, SamplingParams
+from muster.serve.protocol import Guide, Request, SamplingParams
 from muster.serve.responses import ChatShape, CompletionShape, Shape
 from muster.serve.schema import ChatRequest, CompletionRequest, SamplingFields
 from muster.serve.template import TemplateRefused
@@ -97,6 +98,14 @@ def _requests(
             param="n",
         )
     seed = secrets.randbits(63) if body.seed is None else body.seed
+    bias = {int(id): value for id, value in (body.logit_bias or {}).items()}
+    if bias and max(bias) >= codec.tokenizer.vocab:
+        raise RequestError(
+            400,
+            f"token id {max(bias)} is outside the vocabulary of {codec.tokenizer.vocab} tokens",
+            param="logit_bias",
+        )
+    guide = _checked_guide(body, codec)
     requests = []
     for prompt in prompts:
         tokens = _completion_tokens(len(prompt), max_tokens, default_tokens, limits.context_tokens)
@@ -109,9 +118,29 @@ def _requests(
                 seed=seed + choice,  # the n choices of one prompt differ, and each is reproducible
                 stop_ids=frozenset() if body.ignore_eos else codec.eos_ids,
                 logprobs=logprobs,
+                min_p=body.min_p or 0.0,
+                repetition_penalty=body.repetition_penalty or 1.0,
+                presence_penalty=body.presence_penalty or 0.0,
+                frequency_penalty=body.frequency_penalty or 0.0,
+                logit_bias=tuple(sorted(bias.items())),
+                guide=guide,
             )
             requests.append(Request(id=uuid.uuid4().hex, prompt=prompt, params=params))
     return requests
+
+
+def _checked_guide(body: SamplingFields, codec: TextCodec) -> Guide | None:
+    given = body.guides
+    if len(given) > 1:
+        names = " and ".join(given)
+        raise RequestError(400, f"{names} contradict each other; send one of them", param=next(iter(given)))
+    for name, guide in given.items():
+        try:
+            codec.guides.start(guide)
+        except UsageError as error:
+            raise RequestError(400, str(error), param=name) from None
+        return guide
+    return None
 
 
 def _completion_tokens(prompt: int, asked: int | None, default: int, context: int) -> int:

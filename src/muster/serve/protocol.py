@@ -15,6 +15,15 @@ from muster.errors import MusterError
 FinishReason = Literal["stop", "length"]
 
 
+@dataclass(frozen=True, slots=True)
+class Guide:
+    """What the generated text must be: a JSON value of a schema, a match of a regular expression, or a choice."""
+
+    kind: Literal["json", "regex", "choice"]
+    text: str
+    """JSON: a JSON schema. regex: the expression. choice: a JSON list of strings."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How the next token of one request is chosen, and when the request ends."""
@@ -27,12 +36,35 @@ class SamplingParams:
     """Keep the smallest set of most likely tokens whose probabilities reach this sum."""
     top_k: int = 0
     """Keep this many most likely tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this likely in proportion to the most likely one."""
+    repetition_penalty: float = 1.0
+    """Tokens of the prompt and the answer become less likely above 1: their logits are divided, or multiplied
+    where negative, by it (Keskar et al. 2019)."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that the answer has."""
+    frequency_penalty: float = 0.0
+    """Taken from the logits of tokens that the answer has, for each time."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit)."""
     seed: int | None = None
     """Same seed, prompt and parameters: same draws, whatever else is being generated. None: any."""
     stop_ids: frozenset[int] = frozenset()
     """Token ids that end the request (end of sequence); such a token is still delivered."""
     logprobs: int | None = None
     """Report each token's log-probability and those of this many most likely ones; None: neither."""
+    guide: Guide | None = None
+    """What the text must be; the request ends where it is complete."""
+
+    @property
+    def filtered(self) -> bool:
+        """Whether some tokens are left out before the draw."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def penalized(self) -> bool:
+        """Whether a draw depends on the tokens drawn before it."""
+        return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +74,10 @@ class Request:
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
+    priority: int = 0
+    """Smaller goes first."""
+    client: str = ""
+    """Who asks: within a priority, clients are served alike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,15 +95,40 @@ class Token:
 class Overloaded(MusterError):
     """The engine's queue is full; the same request may succeed after `retry_after_s`."""
 
-    def __init__(self, waiting: int, retry_after_s: int = 1) -> None:
+    def __init__(self, waiting: int, tokens: int = 0, retry_after_s: int = 1) -> None:
         self.retry_after_s = retry_after_s
+        with_tokens = f" with {tokens} prompt tokens" if tokens else ""
         super().__init__(
-            f"the server is overloaded: {waiting} sequences are waiting already; retry in {retry_after_s} s"
+            f"the server is overloaded: {waiting} sequences{with_tokens} are waiting already; "
+            f"retry in {retry_after_s} s"
         )
 
 
 class EngineError(MusterError):
     """Generation failed inside the engine; other requests are not affected."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stats:
+    """What an engine is doing, and has done since it started."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks: int = 0
+    """Blocks of the key-value cache."""
+    used_blocks: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_query_tokens: int = 0
+    """Tokens looked up in the prefix cache,"""
+    prefix_hit_tokens: int = 0
+    """and found there."""
+    preemptions: int = 0
+    draft_tokens: int = 0
+    """Guesses at next tokens,"""
+    accepted_tokens: int = 0
+    """and those that were right."""
 
 
 class Engine(Protocol):
@@ -82,6 +143,10 @@ class Engine(Protocol):
 
     def cancel(self, request_id: str) -> None:
         """Stop a request and free what it holds within one step; unknown and finished ids are ignored."""
+        ...
+
+    def stats(self) -> Stats:
+        """Figures of the moment."""
         ...
 
     def close(self) -> None:

@@ -2,15 +2,16 @@
 
 Three ways to treat a field, each on purpose: what works is declared; what would change the answer
 but does not work here is declared and refused unless it is at its default (a client must not
-believe that its JSON schema or penalty was obeyed); everything else (`user`, `metadata`, `store`,
+believe that its tools were obeyed); everything else (`user`, `metadata`, `store`,
 ...) cannot change the answer and is ignored. `top_k` and `ignore_eos` are extensions that other
-servers have too.
+servers have too, as are the words for structured output that are not OpenAI's.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     BaseModel,
@@ -22,6 +23,8 @@ from pydantic import (
 )
 from pydantic.functional_validators import AfterValidator, WrapValidator
 from pydantic_core import PydanticCustomError
+
+from muster.serve.protocol import Guide
 
 
 def _described(should: str) -> WrapValidator:
@@ -68,6 +71,36 @@ class StreamOptions(_Body):
     include_usage: bool | None = None
 
 
+class JsonSchema(_Body):
+    name: Text | None = None
+    schema_: Annotated[dict[str, Any] | bool, Field(alias="schema")] = True
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """What the answer must be, in OpenAI's words."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise PydanticCustomError("value", "of type json_schema needs json_schema with a schema")
+        return self
+
+
+Choices = Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1, max_length=1000)]
+
+
+class StructuredOutputs(_Body):
+    """What the answer must be, in vLLM's words; one of them."""
+
+    json_: Annotated[dict[str, Any] | bool | None, Field(alias="json")] = None
+    regex: Annotated[Text, Field(max_length=10_000)] | None = None
+    choice: Choices | None = None
+
+
 class SamplingFields(_Body):
     """What the two endpoints share; null always means the default."""
 
@@ -84,10 +117,25 @@ class SamplingFields(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    # Refused unless at their defaults.
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=1024),
+        ]
+        | None
+    ) = None
+    """By token id, as in OpenAI's API."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Extension, as the next one."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    """Extension in vLLM's words, as the three older ones that follow."""
+    guided_json: dict[str, Any] | bool | None = None
+    guided_regex: Annotated[Text, Field(max_length=10_000)] | None = None
+    guided_choice: Choices | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -104,7 +152,32 @@ class SamplingFields(_Body):
 
     @classmethod
     def _neutral(cls) -> dict[str, tuple[Any, ...]]:
-        return {"presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},)}
+        return {}
+
+    @property
+    def guides(self) -> dict[str, Guide]:
+        """What the answer must be, by the name of the field that says so."""
+        given: dict[str, Guide] = {}
+        form, outputs = self.response_format, self.structured_outputs
+        if form is not None and form.type != "text":
+            schema = form.json_schema.schema_ if form.json_schema else {"type": "object"}
+            given["response_format"] = Guide("json", json.dumps(schema))
+        if outputs is not None:
+            for kind, value in (
+                ("json", outputs.json_),
+                ("regex", outputs.regex),
+                ("choice", outputs.choice),
+            ):
+                if value is not None:
+                    given[f"structured_outputs.{kind}"] = _guide(kind, value)
+        for kind, value in (
+            ("json", self.guided_json),
+            ("regex", self.guided_regex),
+            ("choice", self.guided_choice),
+        ):
+            if value is not None:
+                given[f"guided_{kind}"] = _guide(kind, value)
+        return given
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -113,6 +186,11 @@ class SamplingFields(_Body):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+
+def _guide(kind: str, value: Any) -> Guide:
+    text = value if kind == "regex" else json.dumps(value)
+    return Guide(cast(Literal["json", "regex", "choice"], kind), text)
 
 
 class CompletionRequest(SamplingFields):
@@ -179,7 +257,6 @@ class ChatRequest(SamplingFields):
     tools: list[Any] | None = None
     tool_choice: Any = None
     functions: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
 
     @classmethod
     def _neutral(cls) -> dict[str, tuple[Any, ...]]:
@@ -188,7 +265,6 @@ class ChatRequest(SamplingFields):
             "tools": ([],),
             "functions": ([],),
             "tool_choice": ("none", "auto"),
-            "response_format": ({"type": "text"},),
         }
 
     @model_validator(mode="after")

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from muster.model.transformer import Transformer
-from muster.serve.protocol import EngineError, Overloaded, Request, SamplingParams, Token
+from muster.serve.engine.speculation import Asked, Gain
+from muster.serve.engine.thread import ThreadEngine
+from muster.serve.protocol import EngineError, Guide, Overloaded, Request, SamplingParams, Token
 
 Generate = Callable[..., Awaitable[list[Token]]]
 _IDS = itertools.count()
@@ -72,14 +74,12 @@ def test_greedy_equals_the_plain_loop_for_other_families(
 
 
 def test_a_long_prompt_in_chunks_changes_nothing(
-    make_model: Any, running: Any, generate: Generate, reference: Any, monkeypatch: pytest.MonkeyPatch
+    model: Transformer, running: Any, generate: Generate, reference: Any
 ) -> None:
-    monkeypatch.setattr("muster.serve.batching.PREFILL_TOKENS", 7)
-    model = make_model()
     prompts = [list(range(60)), list(range(100, 130)), [5]]
 
     async def all_at_once() -> list[list[Token]]:
-        with running(model) as engine:
+        with running(model, step_tokens=7) as engine:
             return await asyncio.gather(*(generate(engine, request(p, max_tokens=12)) for p in prompts))
 
     for prompt, tokens in zip(prompts, asyncio.run(all_at_once()), strict=True):
@@ -254,3 +254,110 @@ def test_closing_ends_running_and_waiting_requests_and_the_thread(model: Transfo
     before = threading.active_count()
     asyncio.run(run())
     assert threading.active_count() == before
+
+
+def test_waiting_prompts_are_bounded_by_their_tokens(make_core: Any, model: Transformer) -> None:
+    async def run() -> None:
+        engine = ThreadEngine(make_core(model, streams=1), waiting_tokens=30, threads=1)
+        try:
+            first = engine.submit(request([1], max_tokens=90))
+            await anext(first)
+            engine.submit(request([1] * 40))  # alone it may wait, however long it is
+            with pytest.raises(Overloaded, match="1 sequences with 40 prompt tokens are waiting"):
+                engine.submit(request([1]))
+        finally:
+            engine.close()
+
+    asyncio.run(run())
+
+
+def test_an_impossible_request_fails_alone(model: Transformer, running: Any, generate: Generate) -> None:
+    async def run() -> list[Token]:
+        with running(model) as engine:
+            with pytest.raises(
+                EngineError, match="90 tokens of prompt and 8 to generate exceed the context of 96"
+            ):
+                await generate(engine, request([1] * 90))
+            with pytest.raises(EngineError, match="no structured output"):
+                await generate(engine, request([1], guide=Guide("regex", "a")))
+            return await generate(engine, request([1, 2, 3]))
+
+    assert len(asyncio.run(run())) == 8
+
+
+def test_cancelling_frees_every_block_within_a_step(model: Transformer, make_core: Any) -> None:
+    core = make_core(model, streams=3, step_tokens=16)
+    requests = [request(range(60), max_tokens=30) for _ in range(5)]
+    with torch.inference_mode():
+        for one in requests:
+            core.add(one)
+        for _ in range(3):
+            core.step()
+        assert core.stats().used_blocks > 0
+        for one in requests:
+            core.cancel(one.id)
+        stats = core.step().stats
+    assert (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0)
+
+
+def test_penalties_do_not_depend_on_the_batch_and_bans_hold(
+    model: Transformer, running: Any, generate: Generate
+) -> None:
+    banned = tuple((id, -1e4) for id in range(0, 256, 2))
+
+    def odd() -> Request:
+        return request([3, 5], max_tokens=20, repetition_penalty=1.3, presence_penalty=0.5, logit_bias=banned)
+
+    async def run() -> tuple[list[int], list[int], list[int]]:
+        with running(model) as engine:
+            plain = await generate(engine, request([3, 5], max_tokens=20))
+            alone = await generate(engine, odd())
+            crowd = await asyncio.gather(
+                *(generate(engine, request([n], max_tokens=20)) for n in range(3)), generate(engine, odd())
+            )
+            return ids(plain), ids(alone), ids(crowd[-1])
+
+    plain, alone, crowd = asyncio.run(run())
+    assert plain != alone == crowd
+    assert all(id % 2 for id in alone if id < 256)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_guessing_goes_on_only_where_it_pays(pays: bool) -> None:
+    gain, on = Gain(), []
+    for _ in range(2000):
+        guessed = gain.guesses(4)
+        on.append(guessed)
+        with_guesses = 0.015 if pays else 0.03  # twice the tokens in 1.5 or 3 times the time
+        gain.record(4, guessed, tokens=8 if guessed else 4, seconds=with_guesses if guessed else 0.01)
+    share = sum(on[500:]) / len(on[500:])
+    assert share > 0.9 if pays else share < 0.1
+
+
+class Poisonous:
+    """Guesses a token that makes the model's output nan, as any guess may."""
+
+    def __init__(self, poison: int) -> None:
+        self.poison = poison
+
+    def propose(self, asked: Sequence[Asked]) -> dict[str, list[int]]:
+        return {one.sequence.id: [self.poison] * min(one.room, 3) for one in asked}
+
+    def forget(self, id: str) -> None:
+        pass
+
+
+def test_a_wrong_guess_does_no_harm(make_model: Any, make_core: Any, reference: Any) -> None:
+    model = make_model()
+    expected = reference(model, [1, 2, 3], 30)
+    poison = next(id for id in range(256) if id not in expected)
+    with torch.no_grad():
+        model.embed.weight[poison] = torch.nan
+    core = make_core(model, drafter=Poisonous(poison), always_draft=True)
+    core.add(request([1, 2, 3], max_tokens=30))
+    found = []
+    with torch.inference_mode():
+        while core.busy:
+            found += [item for _, item in core.step().items]
+    assert ids(found) == expected
+    assert core.stats().steps == 31, "one of them for nothing"

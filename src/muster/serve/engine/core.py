@@ -1,0 +1,339 @@
+"""One step after another: requests in, tokens out, without threads or sockets.
+
+The scheduler decides, the runner computes, the sampler draws; this is where they meet. When a step fails, its
+sequences are computed one by one, so that what was wrong with one fails that one.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+from torch import Tensor
+
+from muster.errors import UsageError
+from muster.serve.adjust import Adjustment, adjust
+from muster.serve.engine.batch import Network, PagedCache
+from muster.serve.engine.blocks import BlockPool, root
+from muster.serve.engine.runner import Runner
+from muster.serve.engine.scheduler import Scheduler, Work
+from muster.serve.engine.sequence import Sequence as Scheduled
+from muster.serve.engine.speculation import Asked, Drafter, Gain
+from muster.serve.guide import Guides, Matcher
+from muster.serve.protocol import EngineError, FinishReason, Request, Stats, Token
+from muster.serve.sampler import sample, top_logprobs
+
+_LOG = logging.getLogger(__name__)
+
+Item = Token | EngineError
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a step has come to."""
+
+    items: list[tuple[str, Item]] = field(default_factory=list)
+    """(request's id, its next token or why there is none), in order."""
+    admitted: list[str] = field(default_factory=list)
+    """Requests that wait no longer."""
+    stats: Stats = field(default_factory=Stats)
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """An accepted request."""
+
+    request: Request
+    sequence: Scheduled
+    seed: int
+    adjustment: Adjustment | None
+    matcher: Matcher | None
+    guessed: bool
+    """Whether its next tokens may be guessed."""
+
+    @property
+    def generated(self) -> int:
+        return len(self.sequence.tokens) - self.sequence.prompt_tokens
+
+
+class Core:
+    """Continuous batching over a paged cache.
+
+    `streams` sequences run at once, a step computes `step_tokens` tokens at most. Tokens from `vocab` on (padding
+    of the embedding matrix) are never drawn. `salt` names what the weights are: blocks of others are not shared.
+    `drafter` guesses tokens ahead where that is measured to pay, or always.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        cache: PagedCache,
+        *,
+        streams: int,
+        step_tokens: int,
+        context_tokens: int,
+        vocab: int | None = None,
+        prefix_cache: bool = True,
+        salt: str = "",
+        guides: Guides | None = None,
+        drafter: Drafter | None = None,
+        always_draft: bool = False,
+    ) -> None:
+        pool = BlockPool(cache.keys[0].shape[0], cache.block_tokens, prefix_cache=prefix_cache)
+        self._scheduler = Scheduler(pool, streams=streams, step_tokens=step_tokens)
+        if self._scheduler.capacity_tokens < context_tokens:
+            raise ValueError(
+                f"{pool.blocks} blocks of {pool.block_tokens} tokens hold {self._scheduler.capacity_tokens} tokens "
+                f"of one sequence, but the context is {context_tokens}"
+            )
+        self._context_tokens = context_tokens
+        self._runner = Runner(network, cache, vocab=vocab)
+        self._root = root(salt)
+        self._guides = guides
+        self._drafter, self._gain = drafter, None if always_draft else Gain()
+        self._drafted = self._accepted_tokens = 0
+        self._live: dict[str, _Live] = {}
+        self._arrivals = 0
+        self._outcome = Outcome()
+        self._steps = self._prompt_tokens = self._generated = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has something to do."""
+        return bool(self._live or self._outcome.items)
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        prompt, params = request.prompt, request.params
+        if len(prompt) + params.max_tokens > self._context_tokens:
+            error = EngineError(
+                f"{len(prompt)} tokens of prompt and {params.max_tokens} to generate exceed the context of "
+                f"{self._context_tokens}"
+            )
+            self._outcome.items.append((request.id, error))
+            return
+        matcher: Matcher | None = None
+        if params.guide is not None:
+            if self._guides is None:
+                self._outcome.items.append((request.id, EngineError("this engine has no structured output")))
+                return
+            try:
+                matcher = self._guides.start(params.guide)
+            except UsageError as refusal:
+                self._outcome.items.append((request.id, EngineError(str(refusal))))
+                return
+        sequence = Scheduled(
+            id=request.id,
+            arrival=self._arrivals,
+            tokens=list(prompt),
+            prompt_tokens=len(prompt),
+            root=self._root,
+            priority=request.priority,
+            client=request.client,
+        )
+        self._arrivals += 1
+        self._live[request.id] = _Live(
+            request,
+            sequence,
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            adjustment=Adjustment(params, prompt) if Adjustment.needed(params) else None,
+            matcher=matcher,
+            # Guesses are for draws that depend on nothing but the tokens before.
+            guessed=matcher is None and not params.penalized,
+        )
+        self._scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request and free what it holds; unknown ones are ignored."""
+        live = self._live.get(request_id)
+        if live is not None:
+            self._forget(live)
+
+    def abandon(self) -> Outcome:
+        """End all requests, as the engine is stopping."""
+        for live in list(self._live.values()):
+            self._end(live, EngineError("the engine is stopping"))
+        return self._handed_over()
+
+    def step(self) -> Outcome:
+        """Compute one step."""
+        began, before = time.perf_counter(), self._generated
+        guess = self._drafter is not None and (
+            self._gain is None or self._gain.guesses(len(self._scheduler.running))
+        )
+        plan = self._scheduler.plan(self._guesses() if guess else None)
+        self._outcome.admitted += [sequence.id for sequence in plan.admitted]
+        if plan.works:
+            self._steps += 1
+            self._runner.prepare(plan.chores)
+            for works, logits in self._computed(plan.works):
+                self._settle(works, logits)
+            if self._gain is not None and all(work.stop - work.start == 1 for work in plan.works):
+                took = time.perf_counter() - began
+                self._gain.record(len(plan.works), guess, self._generated - before, took)
+        return self._handed_over()
+
+    def _guesses(self) -> dict[str, list[int]]:
+        assert self._drafter is not None
+        asked = []
+        for sequence in self._scheduler.running:
+            live = self._live[sequence.id]
+            room = live.request.params.max_tokens - live.generated - 1
+            if live.guessed and sequence.missing == 1 and room > 0:
+                asked.append(Asked(sequence, live.request.params, live.seed, room))
+        try:
+            return self._drafter.propose(asked) if asked else {}
+        except Exception as error:  # worth a line, not a request
+            _LOG.error("guessing ahead failed, and is off from now on", exc_info=error)
+            self._drafter = None
+            return {}
+
+    def stats(self) -> Stats:
+        scheduler = self._scheduler
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks=scheduler.pool.blocks,
+            used_blocks=scheduler.pool.used,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated,
+            prefix_query_tokens=scheduler.counts.prefix_query_tokens,
+            prefix_hit_tokens=scheduler.counts.prefix_hit_tokens,
+            preemptions=scheduler.counts.preemptions,
+            draft_tokens=self._drafted,
+            accepted_tokens=self._accepted_tokens,
+        )
+
+    def _handed_over(self) -> Outcome:
+        outcome, self._outcome = self._outcome, Outcome()
+        outcome.stats = self.stats()
+        return outcome
+
+    def _computed(self, works: Sequence[Work]) -> Iterator[tuple[Sequence[Work], Tensor]]:
+        """Works with their logits: all at once, or one by one where that fails."""
+        try:
+            logits = self._runner.run(works)
+        except Exception as error:
+            _LOG.error("a step of %d sequences failed", len(works), exc_info=error)
+            if len(works) == 1:
+                cause = f"generation failed ({type(error).__name__}); the server's log has the details"
+                self._end(self._of(works[0]), EngineError(cause))
+                return
+        else:
+            yield works, logits
+            return
+        for work in works:
+            yield from self._computed([work])
+
+    def _settle(self, works: Sequence[Work], logits: Tensor) -> None:
+        """Draw, count, and hand out, from logits (W, V)."""
+        drawing = [(work, self._of(work)) for work in works if work.draws]
+        for work in works:
+            self._prompt_tokens += max(0, min(work.stop, work.sequence.prompt_tokens) - work.start)
+            if not work.draws:
+                self._scheduler.advance(work, ())
+        if not drawing:
+            return
+        owners = [live for work, live in drawing for _ in range(1 + len(work.draft))]  # of each row
+        raw = self._raw(owners, logits)
+        lost = self._adjust(owners, logits)
+        positions = [live.generated + index for work, live in drawing for index in range(1 + len(work.draft))]
+        ids, sound = sample(
+            logits, [live.request.params for live in owners], [live.seed for live in owners], positions
+        )
+        logprobs = self._logprobs(owners, raw, ids)
+        row = 0
+        for work, live in drawing:
+            first, row = row, row + 1 + len(work.draft)
+            if live in lost:
+                self._end(live, lost[live])
+                continue
+            rows = list(takewhile(sound.__getitem__, range(first, row)))
+            if not rows and work.draft:  # a wrong guess may be what is not finite: the next step goes without
+                live.guessed = False
+                continue
+            if not rows:
+                error = EngineError(
+                    "the model's output is not finite (nan or inf): its weights may be damaged"
+                )
+                self._end(live, error, damaged=True)
+                continue
+            live.sequence.sound = True
+            tokens = list(self._accepted(live, work, rows, ids, logprobs))
+            self._generated += len(tokens)
+            self._drafted += len(work.draft)
+            self._accepted_tokens += len(tokens) - 1
+            self._scheduler.advance(work, [token.id for token in tokens])
+            for token in tokens:
+                self._outcome.items.append((live.request.id, token))
+                if live.adjustment is not None:
+                    live.adjustment.push(token.id)
+            if tokens[-1].finish_reason is not None:
+                self._forget(live)
+
+    def _accepted(
+        self, live: _Live, work: Work, rows: Sequence[int], ids: Sequence[int], logprobs: dict[int, Logprob]
+    ) -> Iterator[Token]:
+        """A work's new tokens: as long as what was drawn is what had been guessed, the next row counts too."""
+        params = live.request.params
+        left = params.max_tokens - live.generated
+        for row, guess in zip(rows, (*work.draft, None), strict=False):
+            id, left = ids[row], left - 1
+            reason: FinishReason | None = "length" if left == 0 else None
+            if live.matcher is not None:
+                live.matcher.push(id)
+            if id in params.stop_ids or (live.matcher is not None and live.matcher.ended):
+                reason = "stop"
+            logprob, top = logprobs.get(row, (None, ()))
+            yield Token(id=id, logprob=logprob, top_logprobs=top, finish_reason=reason)
+            if reason is not None or id != guess:
+                return
+
+    def _raw(self, owners: Sequence[_Live], logits: Tensor) -> tuple[list[int], Tensor]:
+        """Rows whose log-probabilities are asked for, as they are before anything changes them."""
+        asked = [row for row, live in enumerate(owners) if live.request.params.logprobs is not None]
+        return asked, logits[asked]
+
+    def _logprobs(
+        self, owners: Sequence[_Live], raw: tuple[list[int], Tensor], ids: Sequence[int]
+    ) -> dict[int, Logprob]:
+        asked, logits = raw
+        if not asked:
+            return {}
+        counts = [owners[row].request.params.logprobs or 0 for row in asked]
+        return dict(zip(asked, top_logprobs(logits, [ids[row] for row in asked], counts), strict=True))
+
+    def _adjust(self, owners: Sequence[_Live], logits: Tensor) -> dict[_Live, EngineError]:
+        """What the requests change about logits (W, V), in place; and those whose guide has failed."""
+        adjusted = [(row, live.adjustment) for row, live in enumerate(owners) if live.adjustment is not None]
+        if adjusted:
+            adjust(logits, [row for row, _ in adjusted], [one for _, one in adjusted])
+        lost = {}
+        for row, live in enumerate(owners):
+            if live.matcher is not None:
+                try:
+                    live.matcher.forbid(logits[row])
+                except ValueError as error:
+                    lost[live] = EngineError(f"the text cannot be continued as asked for: {error}")
+        return lost
+
+    def _of(self, work: Work) -> _Live:
+        return self._live[work.sequence.id]
+
+    def _end(self, live: _Live, error: EngineError, *, damaged: bool = False) -> None:
+        self._outcome.items.append((live.request.id, error))
+        self._forget(live, damaged=damaged)
+
+    def _forget(self, live: _Live, *, damaged: bool = False) -> None:
+        del self._live[live.request.id]
+        self._scheduler.remove(live.sequence, damaged=damaged)
+        if self._drafter is not None:
+            self._drafter.forget(live.request.id)
+
+
+Logprob = tuple[float | None, tuple[tuple[int, float], ...]]

@@ -1,0 +1,160 @@
+"""The engine in a process of its own, so that HTTP never shares its interpreter lock.
+
+The process ends with its parent, however that ends: the socket between them closes. When the engine's process
+ends by itself, its requests fail, and it is started again, unless that has happened too often.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+from muster.errors import DoesNotFit, MusterError, UsageError
+from muster.serve.crossing import Streams
+from muster.serve.engine.thread import WAITING_LIMIT, WAITING_TOKENS
+from muster.serve.engine.wire import Wire, from_request, to_outcome
+from muster.serve.protocol import Request, Stats, Token
+
+_LOG = logging.getLogger(__name__)
+
+RESTARTS, RESTART_WINDOW_S = 3, 600.0
+"""So many ends of the engine's process within so many seconds are survived."""
+
+_ERRORS: dict[str, type[MusterError]] = {
+    "DoesNotFit": DoesNotFit,
+    "UsageError": UsageError,
+}
+
+
+class ProcessEngine:
+    """An `Engine` in the process that `python -m muster.serve.worker` is. `setup` is what that makes its core from.
+
+    Returns when it is ready to generate; raises what went wrong there. `on_end` is called, on another thread, when
+    it has ended for good.
+    """
+
+    def __init__(
+        self,
+        setup: dict[str, Any],
+        *,
+        waiting_limit: int = WAITING_LIMIT,
+        waiting_tokens: int = WAITING_TOKENS,
+        restarts: int = RESTARTS,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._setup, self._restarts, self.on_end = setup, restarts, on_end
+        self.failure: str | None = None
+        """Why it has ended for good."""
+        self._streams = Streams(waiting_limit, waiting_tokens)
+        self._stats = Stats()
+        self._closing = False
+        self._ends: deque[float] = deque(maxlen=restarts + 1)
+        self._changed = threading.Lock()  # guards which process it is
+        self._process, self._wire = self._start()
+        messages = self._wire.messages()
+        try:
+            self._greet(messages)
+        except BaseException:
+            self._wire.close()
+            self._process.wait()
+            raise
+        self._reader = threading.Thread(
+            target=self._read, args=(messages,), name="muster-engine-reader", daemon=True
+        )
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def submit(self, request: Request) -> AsyncIterator[Token]:
+        stream = self._streams.open(request)
+        self._send({"add": from_request(request)})
+        return stream
+
+    def cancel(self, request_id: str) -> None:
+        if self._streams.drop(request_id):
+            self._send({"cancel": request_id})
+
+    def stats(self) -> Stats:
+        return self._stats
+
+    def close(self) -> None:
+        self._streams.fail("the engine is stopping")
+        with self._changed:
+            self._closing = True
+            self._wire.close()
+        self._reader.join()
+        self._process.wait()
+
+    def _start(self) -> tuple[subprocess.Popen[bytes], Wire]:
+        here, there = socket.socketpair()
+        with there:
+            command = [sys.executable, "-m", "muster.serve.worker", str(there.fileno())]
+            process = subprocess.Popen(command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL)
+        wire = Wire(here)
+        wire.send({"setup": self._setup})
+        return process, wire
+
+    def _greet(self, messages: Iterator[dict[str, Any]]) -> None:
+        """Wait until the process is ready."""
+        greeting = next(messages, None)
+        if greeting is None:
+            raise MusterError(f"the engine's process {_ending(self._process.wait())} while it was starting")
+        if "error" in greeting:
+            raise _ERRORS.get(greeting["kind"], MusterError)(greeting["error"])
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with self._changed:
+            try:
+                self._wire.send(message)
+            except OSError:
+                _LOG.debug("the engine's process is gone; its reader will say so")
+
+    def _read(self, messages: Iterator[dict[str, Any]]) -> None:
+        """On a thread: hand tokens over, and start the process again when it ends."""
+        while True:
+            for message in messages:
+                outcome = to_outcome(message)
+                self._stats = outcome.stats
+                self._streams.deliver(outcome.items, outcome.admitted)
+            with (
+                self._changed
+            ):  # so that whatever is sent goes to the old process and fails, or to the new one
+                if self._closing:
+                    return
+                self._wire.close()
+                cause = f"the engine's process {_ending(self._process.wait())}"
+                self._ends.append(time.monotonic())
+                if len(self._ends) > self._restarts and self._ends[-1] - self._ends[0] < RESTART_WINDOW_S:
+                    self._give_up(f"{cause}, {len(self._ends)} times within {RESTART_WINDOW_S:.0f} s")
+                    return
+                _LOG.error("%s; it is started again", cause)
+                self._stats = Stats()
+                self._process, self._wire = self._start()
+                messages = self._wire.messages()
+                self._streams.fail(f"{cause}; send the request again", for_good=False)
+            try:
+                self._greet(messages)
+            except MusterError as error:
+                self._give_up(f"{cause}, and could not be started again: {error}")
+                return
+
+    def _give_up(self, cause: str) -> None:
+        self.failure = cause
+        self._streams.fail(cause)
+        self.on_end()
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    return f"was killed by {signal.Signals(-code).name}"

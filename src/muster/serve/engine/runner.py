@@ -1,0 +1,101 @@
+"""From a step's plan to tensors and back to logits; owns the cache, and knows nothing of requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from muster.model.spec import TransformerSpec
+from muster.serve.engine.batch import Batch, Network, PagedCache
+from muster.serve.engine.blocks import Chore, Copy
+from muster.serve.engine.scheduler import Work
+
+
+def new_cache(
+    spec: TransformerSpec,
+    *,
+    blocks: int,
+    block_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> PagedCache:
+    """An empty cache: keys and values (blocks, K, block_tokens, D) for each layer."""
+    shape = (blocks, spec.kv_heads, block_tokens, spec.head_dim)
+    keys, values = (
+        tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers)) for _ in range(2)
+    )
+    return PagedCache(keys=keys, values=values)
+
+
+class Runner:
+    """Computes works on a network. Logits from `vocab` on (padding of the embedding matrix) are left out."""
+
+    def __init__(self, network: Network, cache: PagedCache, *, vocab: int | None = None) -> None:
+        self._network, self._cache, self._vocab = network, cache, vocab
+        self._device = cache.keys[0].device
+
+    @property
+    def parts(self) -> tuple[Network, PagedCache, int | None]:
+        """Network, cache and vocabulary."""
+        return self._network, self._cache, self._vocab
+
+    def prepare(self, chores: Sequence[Chore]) -> None:
+        """Copy and wipe blocks, in order."""
+        for chore in chores:
+            for tensors in (self._cache.keys, self._cache.values):
+                for layer in tensors:
+                    if isinstance(chore, Copy):
+                        layer[chore.target] = layer[chore.source]
+                    else:
+                        layer[chore.target].zero_()
+
+    def run(self, works: Sequence[Work]) -> Tensor:
+        """Logits (W, V) fp32: for each work that draws, its last token's row and one for each guess."""
+        batch = make_batch(works, self._cache.block_tokens)
+        if self._device.type != "cpu":
+            batch = _moved(batch, self._device)
+        logits = self._network.logits(batch, self._cache)
+        return logits if self._vocab is None else logits[:, : self._vocab]
+
+
+def make_batch(works: Sequence[Work], block_tokens: int) -> Batch:
+    """The tensors of some works, on the CPU."""
+    tokens: list[int] = []
+    wanted: list[int] = []
+    for work in works:
+        tokens += work.sequence.tokens[work.start : work.stop]
+        first = len(tokens) - 1
+        tokens += work.draft
+        if work.draws:
+            wanted += range(first, len(tokens))
+    rows = np.array([work.rows for work in works], dtype=np.int64)  # (S,)
+    firsts = np.array([work.start for work in works], dtype=np.int64)
+    starts = np.zeros(len(works) + 1, dtype=np.int64)
+    rows.cumsum(out=starts[1:])
+    lengths = firsts + rows
+    table = np.zeros((len(works), -(-int(lengths.max()) // block_tokens)), dtype=np.int64)  # (S, P)
+    for row, work in zip(table, works, strict=True):
+        blocks = np.frombuffer(work.sequence.blocks, dtype=np.int64)[: len(row)]
+        row[: len(blocks)] = blocks
+    owner = np.repeat(np.arange(len(works)), rows)  # (N,) whose each token is
+    positions = np.arange(len(tokens)) - (starts[:-1] - firsts)[owner]
+    slots = table[owner, positions // block_tokens] * block_tokens + positions % block_tokens
+    arrays = (np.array(tokens, dtype=np.int64), positions, slots, starts, lengths, table)
+    made = [torch.from_numpy(one) for one in (*arrays, np.array(wanted, dtype=np.int64))]
+    return Batch(
+        tokens=made[0],
+        positions=made[1],
+        slots=made[2],
+        starts=made[3],
+        lengths=made[4],
+        table=made[5],
+        wanted=made[6],
+    )
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    names = ("tokens", "positions", "slots", "starts", "lengths", "table", "wanted")
+    return Batch(**{name: getattr(batch, name).to(device, non_blocking=True) for name in names})

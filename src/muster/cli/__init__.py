@@ -16,7 +16,20 @@ from cyclopts import App, CycloptsError, Parameter
 import muster
 from muster.errors import DoesNotFit, MusterError, UsageError
 
-VERBS = ("init", "verify", "train", "eval", "export", "convert", "serve", "chat", "runs", "inspect", "schema")
+VERBS = (
+    "init",
+    "verify",
+    "train",
+    "eval",
+    "export",
+    "convert",
+    "serve",
+    "chat",
+    "bench",
+    "runs",
+    "inspect",
+    "schema",
+)
 
 _INTERRUPTED, _READER_GONE = 130, 141  # 128 + SIGINT and SIGPIPE, as shells count
 

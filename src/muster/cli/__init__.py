@@ -26,6 +26,7 @@ VERBS = (
     "convert",
     "serve",
     "chat",
+    "bench",
     "runs",
     "inspect",
     "schema",

@@ -21,8 +21,7 @@ from muster.model.spec import TransformerSpec
 from muster.model.transformer import Transformer
 from muster.serve.codec import TextCodec
 from muster.serve.engine.core import Core
-from muster.serve.engine.plain import PlainNetwork
-from muster.serve.engine.runner import new_cache
+from muster.serve.engine.network import TransformerNetwork
 from muster.serve.engine.thread import ThreadEngine
 from muster.serve.http import build_app
 from muster.serve.limits import Limits
@@ -108,15 +107,11 @@ def core_of(
     """A core around a model; room for `streams` whole contexts, if not told otherwise."""
     context = model.spec.context
     room = streams * -(-context // block_tokens) + 1
-    cache = new_cache(
-        model.spec,
-        blocks=blocks or min(room, 8000),
-        block_tokens=block_tokens,
-        dtype=next(model.parameters()).dtype,
-    )
+    network, _ = TransformerNetwork.of(model, "fp32")
+    cache = network.new_cache(blocks or min(room, 8000), block_tokens)
     capacity = (cache.keys[0].shape[0] - 1) * block_tokens
     return Core(
-        PlainNetwork(model),
+        network,
         cache,
         streams=streams,
         step_tokens=step_tokens,

@@ -21,7 +21,7 @@ def chat(
     system: str | None = None,
     temperature: float = 0.7,
     max_tokens: int | None = None,
-    dtype: Literal["bf16", "fp32"] = "bf16",
+    dtype: Literal["bf16", "fp32", "int8", "int4"] = "bf16",
 ) -> None:
     """Talk to a model: a line in, an answer out, until the end of input.
 
@@ -39,7 +39,7 @@ def chat(
     max_tokens
         Longest answer, in tokens. Default: 256, or what the context has room for.
     dtype
-        Precision of a model loaded here; bf16 is the fast one.
+        Format of the weights of a model loaded here; int8 and int4 are the fast ones, bf16 the exact one.
     """
     from muster.serve.talk import Manner
 
@@ -51,7 +51,7 @@ def chat(
         _converse(partner, system, Manner(temperature=temperature, max_tokens=max_tokens))
 
 
-def _partner(model: str, dtype: Literal["bf16", "fp32"]) -> Partner:
+def _partner(model: str, dtype: Literal["bf16", "fp32", "int8", "int4"]) -> Partner:
     if model.startswith(("http://", "https://")):
         from muster.serve.talk import RemotePartner
 

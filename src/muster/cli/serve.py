@@ -16,7 +16,7 @@ def serve(
     port: int | None = None,
     streams: int | None = None,
     context: int | None = None,
-    dtype: Literal["bf16", "fp32"] = "bf16",
+    dtype: Literal["bf16", "fp32", "int8", "int4"] = "bf16",
     draft: str | None = None,
 ) -> None:
     """Serve a model over HTTP, with the completions and chat API of OpenAI.
@@ -36,7 +36,7 @@ def serve(
     context
         Longest sequence in tokens, prompt and completion together. Default: the model's.
     dtype
-        Precision of weights and cache; bf16 is the fast one.
+        Format of the weights. int8 and int4 are made from the model's at the first start, and kept in its folder.
     draft
         A smaller model with the same tokenizer that guesses ahead, or `ngram` for guesses from the text itself. Used
         while it is measured to be faster; the answers stay the same.
@@ -80,6 +80,7 @@ def serve(
                 f"context {model.context_tokens}, {model.streams} streams"
             )
             sys.stdout.write(f"threads {model.threads}: {model.threads_reason}\n")
+            sys.stdout.write(f"kernels {model.kernels}\n")
             sys.stdout.write(f"serving {model.model_id} on {url_of(sock)}  ({facts})\n")
             sys.stdout.flush()
 

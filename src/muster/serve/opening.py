@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import psutil
 import torch
 
 from muster.errors import DoesNotFit, UsageError
-from muster.model.folder import load_folder, read_spec
+from muster.model.folder import read_spec
 from muster.model.spec import TransformerSpec
 from muster.serve.codec import TextCodec
 from muster.serve.engine.batch import Network, PagedCache
 from muster.serve.engine.core import Core
-from muster.serve.engine.plain import PlainNetwork
-from muster.serve.engine.runner import new_cache
+from muster.serve.engine.network import TransformerNetwork
+from muster.serve.engine.packed_file import open_packed
 from muster.serve.engine.speculation import Drafter, ModelDrafter, NgramDrafter
 from muster.serve.engine.thread import ThreadEngine
 from muster.serve.folders import find_folder
+from muster.serve.kernels.ops import choose_kernels
+from muster.serve.kernels.packing import Format
 from muster.serve.protocol import Engine
-
-DType = Literal["bf16", "fp32"]
-_TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 NGRAM = "ngram"
 """In place of a draft model: what came after the last few tokens before."""
@@ -51,11 +49,13 @@ class Opened:
     engine: Engine
     codec: TextCodec
     parameters: int
-    dtype: DType
+    dtype: Format
     context_tokens: int
     streams: int
     threads: int
     threads_reason: str
+    kernels: str
+    """What computes, and why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +63,7 @@ class Setup:
     """What an engine is made from, as plain data: it may be made in another process."""
 
     folder: str
-    dtype: DType
+    dtype: Format
     streams: int
     context_tokens: int
     vocab: int
@@ -76,7 +76,7 @@ class Setup:
 def open_model(
     path: Path,
     *,
-    dtype: DType = "bf16",
+    dtype: Format = "bf16",
     streams: int = 1,
     context_tokens: int | None = None,
     own_process: bool = False,
@@ -116,6 +116,7 @@ def open_model(
         streams=streams,
         threads=threads,
         threads_reason=reason,
+        kernels=choose_kernels(compute_dtype(dtype))[1],
     )
 
 
@@ -163,15 +164,21 @@ def build_core(setup: Setup) -> Core:
 
 def _network(folder: Path, setup: Setup, free_bytes: int) -> tuple[Network, PagedCache]:
     """The one place that decides what computes: a folder's weights, and the cache beside them."""
-    spec, dtype = read_spec(folder), _TORCH[setup.dtype]
+    spec, dtype = read_spec(folder), compute_dtype(setup.dtype)
     if spec.context < setup.context_tokens:
         raise UsageError(
             f"the draft model {folder} has a context of {spec.context} tokens, fewer than the {setup.context_tokens} "
             f"that are served: use --context {spec.context}"
         )
     blocks = cache_blocks(spec, dtype, setup.streams, setup.context_tokens, free_bytes)
-    network = PlainNetwork(load_folder(folder, dtype=dtype))
-    return network, new_cache(spec, blocks=blocks, block_tokens=BLOCK_TOKENS, dtype=dtype)
+    packed, _ = open_packed(folder, setup.dtype)
+    network = TransformerNetwork(packed, choose_kernels(packed.compute)[0])
+    return network, network.new_cache(blocks, BLOCK_TOKENS)
+
+
+def compute_dtype(format: Format) -> torch.dtype:
+    """What activations and the cache are, for weights in a format."""
+    return torch.float32 if format == "fp32" else torch.bfloat16
 
 
 def cache_blocks(

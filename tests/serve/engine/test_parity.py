@@ -19,8 +19,7 @@ import transformers
 from muster.model.folder import load_folder
 from muster.model.transformer import Transformer
 from muster.serve.engine.core import Core
-from muster.serve.engine.plain import PlainNetwork
-from muster.serve.engine.runner import new_cache
+from muster.serve.engine.network import TransformerNetwork
 from muster.serve.engine.speculation import Drafter, ModelDrafter, NgramDrafter
 from muster.serve.protocol import Request, SamplingParams, Token
 
@@ -152,8 +151,8 @@ def test_guessing_ahead_changes_no_token(
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.02)
-        cache = new_cache(model.spec, blocks=80, block_tokens=8, dtype=torch.float32)
-        drafter = ModelDrafter(PlainNetwork(model), cache, step_tokens=64)
+        network, _ = TransformerNetwork.of(model, "fp32")
+        drafter = ModelDrafter(network, network.new_cache(80, 8), step_tokens=64)
     core = make_core(case.model, streams=5, step_tokens=40, drafter=drafter, always_draft=True)
     assert run(core, case.prompts, **params) == expected
     stats = core.stats()

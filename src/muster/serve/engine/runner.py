@@ -8,26 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from muster.model.spec import TransformerSpec
 from muster.serve.engine.batch import Batch, Network, PagedCache
 from muster.serve.engine.blocks import Chore, Copy
 from muster.serve.engine.scheduler import Work
-
-
-def new_cache(
-    spec: TransformerSpec,
-    *,
-    blocks: int,
-    block_tokens: int,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-) -> PagedCache:
-    """An empty cache: keys and values (blocks, K, block_tokens, D) for each layer."""
-    shape = (blocks, spec.kv_heads, block_tokens, spec.head_dim)
-    keys, values = (
-        tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers)) for _ in range(2)
-    )
-    return PagedCache(keys=keys, values=values)
 
 
 class Runner:

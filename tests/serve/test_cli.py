@@ -45,9 +45,9 @@ def test_serve_answers_and_stops_cleanly_on_sigterm(folder: Path, environment: d
         assert process.stdout is not None
         assert process.stderr is not None
         try:
-            lines = [process.stdout.readline().decode() for _ in range(2)]
+            lines = [process.stdout.readline().decode() for _ in range(3)]
             facts = r"\(\d.*k parameters, bf16, context 96, 3 streams\)"
-            ready = re.fullmatch(rf"serving small-run on (http://127\.0\.0\.1:(\d+))  {facts}\n", lines[1])
+            ready = re.fullmatch(rf"serving small-run on (http://127\.0\.0\.1:(\d+))  {facts}\n", lines[2])
             assert ready, (lines, process.stderr.read())
             with openai.OpenAI(base_url=f"{ready[1]}/v1", api_key="none", max_retries=0) as client:
                 fields: dict[str, Any] = {

@@ -17,8 +17,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import cells
 
 from muster.config.load import load_run
 from muster.observe.records import read_jsonl
@@ -62,7 +66,8 @@ def main() -> None:
             f"{'1/' + format(result['factor'], '.3g'):>16}   {ways[way]}"
         )
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        made = {"machine": cells.machine(), "date": date.today().isoformat(), "torch": version("torch")}
+        arguments.json.write_text(json.dumps(made | {"ways": results}, indent=1) + "\n")
 
 
 def measure(way: str, sync: str, runs: Path, changes: Sequence[str]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def hangs(scratch: Path, full: bool) -> Iterator[Row]:
     }
     for kind, what in kinds.items():
         done = []
-        for number in range(100 if full else 3):
+        for number in range(25 if full else 3):
             folder = scratch / f"{kind}-{number}"
             folder.mkdir()
             fault = faults_hang.draw(kind, 3, chance)

@@ -61,7 +61,7 @@ class Held:
 
     def begin(self, generation: Generation) -> Path:
         """A folder for its files. What is older than the newest committed generation makes room."""
-        folder = shelf.partial_of(self._shelf(generation), generation.step)
+        folder = self._partial_of(generation)
         newest = max(self._committed(), default=None)
         self._remove({folder} if newest is None else {folder, self.folder_of(newest)})
         folder.parent.mkdir(exist_ok=True)  # never the root: once that has gone, its owner has
@@ -89,14 +89,15 @@ class Held:
 
     def commit(self, generation: Generation, content: Manifest) -> None:
         """All files of the generation are where they should be: those that are here count from now on."""
-        folder = shelf.partial_of(self._shelf(generation), generation.step)
+        folder = self._partial_of(generation)
         notes = sorted(folder.glob("*" + _NOTE))
         if not notes:
             return
         files = {note.name.removesuffix(_NOTE): FileSum(**json.loads(note.read_bytes())) for note in notes}
         for note in notes:
             note.unlink()
-        shelf.commit(folder.parent, generation.step, replace(content, files=files))
+        replace(content, files=files).write(folder)
+        shelf.put_in_place(folder, self.folder_of(generation))
 
     def keep(self, generation: Generation | None) -> None:
         """Remove everything but this."""
@@ -116,6 +117,11 @@ class Held:
             for folder in self.root.glob("attempt-*")
             for step in shelf.steps(folder)
         }
+
+    def _partial_of(self, generation: Generation) -> Path:
+        """The same for all who write: ranks of one attempt here, and agents that take in what those of others send."""
+        folder = self.folder_of(generation)
+        return folder.with_name(folder.name + ".partial")
 
     def _shelf(self, generation: Generation) -> Path:
         return self.root / f"attempt-{generation.attempt}"

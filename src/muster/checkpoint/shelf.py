@@ -82,12 +82,18 @@ def commit(shelf: Path, step: int, content: Manifest) -> Path:
     One of the same step (a damaged one, or one that training went back from) makes way, and is not deleted before the
     new one stands in its place. CheckpointError where others have been started in place of these ranks.
     """
-    partial, final, former = partial_of(shelf, step), folder_of(shelf, step), _former_of(shelf, step)
+    partial = partial_of(shelf, step)
     content.write(partial)
     if term.is_over(shelf.parent):
         raise CheckpointError(
             f"step {step} is not committed: these ranks were cut off, and others have been started in their place"
         )
+    return put_in_place(partial, folder_of(shelf, step))
+
+
+def put_in_place(partial: Path, final: Path) -> Path:
+    """Give a complete folder its name; one that has it already stays until the new one stands there."""
+    former = final.with_name(final.name + _FORMER)
     manifest.sync_folder(partial)
     if final.exists():
         if former.exists():
@@ -99,7 +105,7 @@ def commit(shelf: Path, step: int, content: Manifest) -> Path:
         if former.exists():
             os.rename(former, final)
         raise
-    manifest.sync_folder(shelf)
+    manifest.sync_folder(final.parent)
     if former.exists():
         shutil.rmtree(former)
     return final

@@ -49,7 +49,7 @@ class Pace:
         )
         self._alarm.change(Every(seconds=seconds))
         sentence = f"checkpoint.{self._key}: auto is {seconds:.3g} s ({reason})"
-        if self._told:
+        if self._told or self._key == "memory":  # copies in memory are seen by nobody but who needs them
             self._report.event("checkpoint-interval", message=sentence, seconds=seconds)
         else:
             self._report.note("checkpoint-interval", sentence, seconds=seconds)

@@ -13,6 +13,7 @@ same bytes, plus the time to hash them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -36,8 +37,8 @@ import cells
 SIDES = ("muster", "process", "dcp")
 STEPS = 3
 """Taken after each save."""
-DUE = (1.0, 0.0, 0.0)
-"""What all ranks' votes sum to where a save is due and nothing is in flight."""
+DUE = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+"""What all ranks' votes sum to where a save is due, a copy for memory is not, and nothing is in flight."""
 
 
 def main() -> None:
@@ -111,9 +112,11 @@ class WriterProcess:
         }
         self._here, there = multiprocessing.Pipe()
         if os.fork() == 0:
-            while path := there.recv_bytes().decode():
-                write_summed(Path(path), self._snapshot.pieces())
-                there.send_bytes(str(time.perf_counter()).encode())
+            self._here.close()  # so that the end of the rank, however it comes, ends this as well
+            with contextlib.suppress(EOFError):
+                while path := there.recv_bytes().decode():
+                    write_summed(Path(path), self._snapshot.pieces())
+                    there.send_bytes(str(time.perf_counter()).encode())
             os._exit(0)
 
     def save(self, state: Any, folder: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,13 +22,14 @@ from muster.checkpoint.background import Background
 from muster.checkpoint.manifest import Manifest
 from muster.checkpoint.memory import Generation
 from muster.checkpoint.peers import Neighbours
-from muster.checkpoint.snapshot import Snapshot, State, arrange
+from muster.checkpoint.snapshot import Snapshot, arrange
 from muster.checkpoint.state import file_of
 from muster.errors import MusterError
 from muster.observe.format import size
 from muster.observe.records import RunLog
 from muster.parallel.world import World
 from muster.train.describe import describe
+from muster.train.late import LateCopy
 from muster.train.pace import Pace
 from muster.train.plan import Training
 from muster.train.report import Report
@@ -54,23 +54,22 @@ class Replicas:
         """`step` is the one that training begins or resumes at: of what was resumed, copies are made at once."""
         self._trainee, self._plan, self._world, self._report = trainee, plan, world, report
         self._work = Background()
-        self._copied = threading.Event()
         self._due, self._told = step > 0, False
         self._flight: _Flight | None = None
         self._committing: _Flight | None = None
         self._asked = step
-        self._snapshot: Snapshot | None = None
+        self._late: LateCopy | None = None
         if plan.run.checkpoint.memory == "none":
             return
         self._neighbours = Neighbours.from_environment()
         if not all_say(world, self._neighbours is not None):
             return
-        state, whole = trainee.owned(), trainee.mesh.is_first_of_stage
-        self._size_bytes = arrange(state, owns_whole=whole).size_bytes
+        whole = trainee.mesh.is_first_of_stage
+        self._size_bytes = arrange(trainee.owned(), owns_whole=whole).size_bytes
         why_not = self._why_not()
         if all_say(world, why_not is None):
             self._pace = Pace(plan, world, report, key="memory")
-            self._snapshot = Snapshot(state, owns_whole=whole)
+            self._late = LateCopy(trainee, self._work, owns_whole=whole)
         else:
             report.note(
                 "memory-off", f"no copies are kept in memory: {why_not or 'a rank has no room for its own'}"
@@ -78,7 +77,7 @@ class Replicas:
 
     def votes(self, step: int) -> tuple[float, float, float]:
         """This rank's part of the exchange after `step`: a refresh is due, is under way, has failed."""
-        if self._snapshot is None:
+        if self._late is None:
             return 0.0, 0.0, 0.0
         if self._world.is_first and step != self._asked and self._pace.rings(step):
             self._due = True
@@ -105,36 +104,23 @@ class Replicas:
         self._hear()
 
     def _begin(self, step: int) -> None:
-        assert self._snapshot is not None
+        assert self._late is not None
         assert self._neighbours is not None
-        snapshot, generation = self._snapshot, Generation(self._neighbours.attempt, step)
+        generation = Generation(self._neighbours.attempt, step)
         self._trainee.check_copies(step)  # so that nothing is restored that its copies contradict
         begun = time.perf_counter()
         self._trainee.beat.enter("save")
         self._due = False
-        state = self._trainee.owned()
-        self._copied.clear()
-        self._work.start(lambda: self._copy(generation, snapshot, state))
-        self._trainee.before_change.append(self._wait_for_copy)
+        self._late.begin(step, lambda copy: self._spread(generation, copy))
         self._trainee.model.forget_residuals()
         content = replace(describe(self._plan, step, {}), guard=self._trainee.guard.state())
         self._flight = _Flight(generation, begun, time.perf_counter() - begun, content)
 
-    def _wait_for_copy(self) -> None:
-        begun = time.perf_counter()
-        self._copied.wait()
-        if self._flight is not None:
-            self._flight.stall_s += time.perf_counter() - begun
-
-    def _copy(self, generation: Generation, snapshot: Snapshot, state: State) -> None:
+    def _spread(self, generation: Generation, copy: Snapshot) -> None:
         """Runs in the background: this rank's file to its node's memory, and to as many others as are wanted."""
         assert self._neighbours is not None
-        try:
-            snapshot.take(state, generation.step)
-        finally:
-            self._copied.set()
         name = file_of(self._world.rank)
-        summed = self._neighbours.own.put(generation, name, snapshot.pieces())
+        summed = self._neighbours.own.put(generation, name, copy.pieces())
         others = self._neighbours.others
         missing = min(self._plan.run.checkpoint.replicas, len(others))
         why = ""
@@ -142,7 +128,7 @@ class Replicas:
             if not missing:
                 break
             try:
-                peer.put(generation, name, summed, snapshot.pieces())
+                peer.put(generation, name, summed, copy.pieces())
                 missing -= 1
             except (OSError, MusterError) as error:
                 why = f"{peer}: {error}"
@@ -182,8 +168,10 @@ class Replicas:
             return
         self._told = False
         seconds = time.perf_counter() - flight.begun
-        self._report.event("memory", step=flight.generation.step, seconds=seconds, stall_s=flight.stall_s)
-        self._pace.measured(flight.stall_s, seconds)
+        assert self._late is not None
+        stall_s = flight.stall_s + self._late.waited_s
+        self._report.event("memory", step=flight.generation.step, seconds=seconds, stall_s=stall_s)
+        self._pace.measured(stall_s, seconds)
 
     def _tell(self, step: int, why: str) -> None:
         if not self._told:

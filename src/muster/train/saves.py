@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,13 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
-import torch
 
 from muster.checkpoint import manifest, shelf
 from muster.checkpoint.background import Background
 from muster.checkpoint.manifest import Manifest
 from muster.checkpoint.memory import Generation
-from muster.checkpoint.snapshot import Snapshot, arrange
+from muster.checkpoint.snapshot import arrange
 from muster.checkpoint.state import collect_sums, refusals, refused, write_file, write_shards
 from muster.config.digest import differences, identity
 from muster.errors import CheckpointError, DoesNotFit, MusterError, Preempted
@@ -26,6 +24,7 @@ from muster.observe.format import size
 from muster.parallel.world import World
 from muster.train.describe import describe
 from muster.train.evaluate import Evaluation
+from muster.train.late import LateCopy
 from muster.train.pace import Pace
 from muster.train.plan import Training
 from muster.train.recollect import Recollection
@@ -129,12 +128,11 @@ class _Flight:
 class Saver:
     """Saves while training goes on: a thread of each rank copies its shards, and writes the copy.
 
-    The copy is made during the passes of the next step, which only read (CheckFreq, Mohan et al. 2021); the
-    optimizer waits for it. No thread talks to another rank. Whether a save is due, still being written or has
-    failed goes along with the exchange that every step makes anyway (`votes`), so all ranks know at the same step
-    (`after`); when all have written, the first rank's thread turns the files into a checkpoint. One save at a time:
-    one that comes due meanwhile is put off. A save that fails on the way is told, and tried again at the next
-    interval.
+    The copy is a late one, made during the passes of the next step. No thread talks to another rank. Whether a save
+    is due, still being written or has failed goes along with the exchange that every step makes anyway (`votes`), so
+    all ranks know at the same step (`after`); when all have written, the first rank's thread turns the files into a
+    checkpoint. One save at a time: one that comes due meanwhile is put off. A save that fails on the way is told, and
+    tried again at the next interval.
     """
 
     def __init__(self, trainee: Trainee, plan: Training, world: World, report: Report, *, step: int) -> None:
@@ -143,7 +141,6 @@ class Saver:
         self._shelf, self._config = shelf_of(plan), plan.run.checkpoint
         self._pace = Pace(plan, world, report)
         self._work = Background()
-        self._copied = threading.Event()
         self._due = self._put_off = self._told = False
         self._writing: _Flight | None = None
         """What has begun, and as far as this rank has learnt is not yet written by all."""
@@ -155,7 +152,7 @@ class Saver:
         shelved = [earlier for earlier in shelf.steps(self._shelf) if earlier <= step]
         found = shelf.best(self._shelf, shelved) if world.is_first and self._config.keep_best else None
         (self._best,) = world.sum((found[1] if found else math.inf) if world.is_first else 0.0)
-        self._snapshot = self._stage()
+        self._late = self._stage()
         self.replicas = Replicas(trainee, plan, world, report, step=step)
 
     def votes(self, step: int) -> tuple[float, ...]:
@@ -238,36 +235,17 @@ class Saver:
                 self._tell(step, str(refused(self._state_bytes, self._shelf, error)))
         if any(self._world.sum(refusal is not None)):
             return
-        state = self._state()
-        self._copied.clear()
-        if (snapshot := self._snapshot) is not None:
-            self._work.start(lambda: self._copy_and_write(snapshot, state, step))
-            self._trainee.before_change.append(self._wait_for_copy)
+        partial, rank = shelf.partial_of(self._shelf, step), self._world.rank
+        if self._late is not None:
+            self._late.begin(step, lambda copy: write_file(copy.pieces(), self._state_bytes, partial, rank))
         else:
-            partial, whole = shelf.partial_of(self._shelf, step), self._trainee.mesh.is_first_of_stage
-            self._work.start(
-                lambda: write_shards(state, partial, self._world.rank, owns_whole=whole), here=True
-            )
+            state, whole = self._trainee.owned(), self._trainee.mesh.is_first_of_stage
+            self._work.start(lambda: write_shards(state, partial, rank, owns_whole=whole), here=True)
         self._trainee.model.forget_residuals()
         loss = self._loss_of(step)
         self._best = min(self._best, math.inf if loss is None else loss)
         stall_s = time.perf_counter() - begun
         self._writing = _Flight(step, begun, stall_s, loss, self._trainee.guard.state())
-
-    def _copy_and_write(self, snapshot: Snapshot, state: dict[str, torch.Tensor], step: int) -> None:
-        """Runs in the background."""
-        try:
-            snapshot.take(state, step)
-        finally:
-            self._copied.set()
-        partial = shelf.partial_of(self._shelf, step)
-        write_file(snapshot.pieces(), self._state_bytes, partial, self._world.rank)
-
-    def _wait_for_copy(self) -> None:
-        begun = time.perf_counter()
-        self._copied.wait()
-        if self._writing is not None:
-            self._writing.stall_s += time.perf_counter() - begun
 
     def _settle(self, failed: bool) -> None:
         """All ranks have written, or have failed to: the first rank makes a checkpoint of it, or clears it away."""
@@ -323,6 +301,7 @@ class Saver:
             self._report.note("checkpoint-kept", f"an old checkpoint could not be deleted ({error})")
         self._told = False
         path = shelf.folder_of(self._shelf, flight.step)
+        stall_s = flight.stall_s + (self._late.waited_s if self._late is not None else 0.0)
         seconds = time.perf_counter() - flight.begun
         self._report.event(
             "checkpoint",
@@ -330,9 +309,9 @@ class Saver:
             path=str(path),
             bytes=flight.size_bytes,
             seconds=seconds,
-            stall_s=flight.stall_s,
+            stall_s=stall_s,
         )
-        self._pace.measured(flight.stall_s, seconds)
+        self._pace.measured(stall_s, seconds)
 
     def _tell(self, step: int, why: str) -> None:
         """A save has failed: people are told once, until one succeeds again."""
@@ -347,13 +326,10 @@ class Saver:
     def _loss_of(self, step: int) -> float | None:
         return self._score[1] if self._score is not None and self._score[0] == step else None
 
-    def _state(self) -> dict[str, torch.Tensor]:
-        return self._trainee.owned()
-
-    def _stage(self) -> Snapshot | None:
+    def _stage(self) -> LateCopy | None:
         """Memory for the copies, or None where it is wanting: then saves are written straight from the state."""
-        state, whole = self._state(), self._trainee.mesh.is_first_of_stage
-        self._state_bytes = arrange(state, owns_whole=whole).size_bytes
+        whole = self._trainee.mesh.is_first_of_stage
+        self._state_bytes = arrange(self._trainee.owned(), owns_whole=whole).size_bytes
         free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if self._plan.layout.offload == "disk":
             reason = "layout.offload: disk says that memory is wanting"
@@ -362,7 +338,7 @@ class Saver:
                 f"a copy of {size(self._state_bytes)} a rank would take more than half of the free memory"
             )
         else:
-            return Snapshot(state, owns_whole=whole)
+            return LateCopy(self._trainee, self._work, owns_whole=whole)
         self._report.note("checkpoint-foreground", f"training waits for its checkpoints: {reason}")
         return None
 

@@ -54,17 +54,17 @@ def row(said: str, kind: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("kinds", "count", "tokens"),
+    ("kinds", "seed", "count", "tokens"),
     [
-        ("kill,disk,poison", 3, "70k"),
-        pytest.param("kill,stop,slow,link,disk,flip,poison", 21, "500k", marks=pytest.mark.long),
+        ("kill,disk,poison", 29, 3, "200k"),  # the disk first: it is left alone near the end of a run
+        pytest.param("kill,stop,slow,link,disk,flip,poison", 5, 21, "500k", marks=pytest.mark.long),
     ],
 )
 @pytest.mark.timeout(900)
 def test_all_is_recovered_and_the_losses_are_the_undisturbed_ones(
-    kinds: str, count: int, tokens: str, tmp_path: Path
+    kinds: str, seed: int, count: int, tokens: str, tmp_path: Path
 ) -> None:
-    asked = ["--faults", kinds, "--every", "1s", "--count", str(count), "--seed", "5", "--compare"]
+    asked = ["--faults", kinds, "--every", "1s", "--count", str(count), "--seed", str(seed), "--compare"]
     done = drill(tmp_path, *asked, tokens=tokens)
     assert done.returncode == 0, done.stdout + done.stderr
     for kind in kinds.split(","):

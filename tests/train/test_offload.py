@@ -94,12 +94,15 @@ def test_the_unit_behind_is_read_while_one_is_updated(tmp_path: Path) -> None:
     store._map.madvise(21)  # MADV_PAGEOUT of linux/mman.h: out of the page cache as well
     if cached_bytes(start, UNIT_BYTES):
         pytest.skip("this file system keeps its pages")
+    left = mapped_bytes(tmp_path)["Rss"]  # a page that the kernel is busy with stays
     with store.loaded("layers.0"):
         deadline = time.monotonic() + 30
         while cached_bytes(start, UNIT_BYTES) < UNIT_BYTES and time.monotonic() < deadline:
             time.sleep(0.01)
         assert cached_bytes(start, UNIT_BYTES) >= UNIT_BYTES
-        assert mapped_bytes(tmp_path)["Rss"] == 0, "read by the kernel, not by a look at every page"
+        assert mapped_bytes(tmp_path)["Rss"] <= left < UNIT_BYTES, (
+            "read by the kernel, not by a look at every page"
+        )
 
 
 @linux_only

@@ -91,6 +91,10 @@ def chaos(
     drill.run()
     for line in table(drill):
         _say(line)
+    if count is not None and len(drill.outcomes) < count:
+        _say(
+            f"the run was over after {len(drill.outcomes)} of {count} faults: train longer, or strike more often"
+        )
     if drill.exit_code and not any(outcome.recovered_s is None for outcome in drill.outcomes):
         raise TrainingError(f"the run ended with exit code {drill.exit_code}: {_last_line(drill.log)}")
     bad = [o for o in drill.outcomes if o.recovered_s is None or o.named is False]

@@ -192,20 +192,34 @@ def main() -> None:
     )
     parser.add_argument("--full", action="store_true", help="as many trials as the promises are worth")
     parser.add_argument("--only", nargs="+", choices=ALL, default=list(ALL))
-    parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument("--json", type=Path, help="also write the rows there, beside those of the others")
     asked = parser.parse_args()
-    rows = []
+    broken = False
     for name in asked.only:
         begun = time.perf_counter()
+        rows = []
         with tempfile.TemporaryDirectory(prefix="muster-faults-") as scratch:
             for row in ALL[name](Path(scratch), asked.full):
                 rows.append(row)
                 print(f"{row.promise:88}{row.kept:6} of {row.trials:<5} {row.said}", flush=True)
         print(f"({name}: {time.perf_counter() - begun:.0f} s)", flush=True)
-    if asked.json:
-        result = {"machine": cells.machine(), "date": date.today().isoformat(), "full": asked.full}
-        asked.json.write_text(json.dumps(result | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    sys.exit(any(row.kept < row.trials for row in rows))
+        broken |= any(row.kept < row.trials for row in rows)
+        if asked.json:
+            keep(asked.json, name, rows, full=asked.full)
+    sys.exit(broken)
+
+
+def keep(path: Path, name: str, rows: list[Row], *, full: bool) -> None:
+    """Write the rows of one part into a file that may hold those of others, each with its machine and date."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    found[name] = {
+        "machine": cells.machine(),
+        "date": date.today().isoformat(),
+        "full": full,
+        "rows": [asdict(row) for row in rows],
+    }
+    ordered = {part: found[part] for part in ALL if part in found}
+    path.write_text(json.dumps(ordered, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -171,10 +171,13 @@ def peers_table(result: dict[str, Any]) -> str:
 def faults_table(result: dict[str, Any]) -> str:
     """The promises about faults, and how often each was kept."""
     rows = ["| promise | kept | |", "|---|---|---|"]
+    parts = result.values()
     rows += [
-        f"| {row['promise']} | {row['kept']} of {row['trials']} | {row['said']} |" for row in result["rows"]
+        f"| {row['promise']} | {row['kept']} of {row['trials']} | {row['said']} |"
+        for part in parts
+        for row in part["rows"]
     ]
-    rows.append(f"\n{result['machine']}, {result['date']}.")
+    rows.append("\n" + "; ".join(sorted({f"{part['machine']}, {part['date']}" for part in parts})) + ".")
     return "\n".join(rows) + "\n"
 
 

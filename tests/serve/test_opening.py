@@ -12,7 +12,7 @@ import torch
 from muster.errors import ConfigError, DoesNotFit, UsageError
 from muster.model.folder import load_folder, read_spec
 from muster.serve.codec import TextCodec
-from muster.serve.folders import find_folder, serve_section
+from muster.serve.folders import Source, find_source, serve_section
 from muster.serve.opening import cache_blocks, choose_threads, open_model
 from muster.serve.server import bind, url_of
 
@@ -28,22 +28,23 @@ def edit(file: Path, **changes: Any) -> None:
 
 
 def test_a_run_its_export_and_a_model_folder_are_found(folder: Path, copy: Path) -> None:
-    assert find_folder(folder) == (folder / "hf", "small-run")
-    assert find_folder(folder / "hf") == (folder / "hf", "small-run")
-    assert find_folder(copy) == (copy, "model")
-    assert serve_section(folder / "hf").streams == 3
-    assert serve_section(folder / "hf").timeout == 60.0
+    export = folder / "hf"
+    source = Source(name="small-run", weights=export, tokenizer=export, run=folder)
+    assert find_source(folder) == find_source(export) == source
+    assert find_source(copy) == Source(name="model", weights=copy, tokenizer=copy)
+    assert serve_section(folder).streams == serve_section(export).streams == 3
+    assert serve_section(export).timeout == 60.0
     assert serve_section(copy).streams == 8
 
 
 def test_paths_that_cannot_be_served(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
-        find_folder(tmp_path / "none")
+        find_source(tmp_path / "none")
     with pytest.raises(UsageError, match="neither a run folder nor a model folder"):
-        find_folder(tmp_path)
+        find_source(tmp_path)
     edit(tmp_path / "run.json", run={"serve": {"streams": 0}})
-    with pytest.raises(UsageError, match="no export yet: run `muster export"):
-        find_folder(tmp_path)
+    with pytest.raises(UsageError, match="no checkpoint and no export yet: train it first"):
+        find_source(tmp_path)
     with pytest.raises(ConfigError, match=r"serve\.streams"):
         serve_section(tmp_path / "hf")
 

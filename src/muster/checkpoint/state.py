@@ -11,13 +11,16 @@ import contextlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan
 
 from muster.checkpoint.manifest import FileSum, write_summed
@@ -91,21 +94,43 @@ def collect_sums(folder: Path, world_size: int) -> dict[str, FileSum]:
 def read_shards(state: State, folder: Path) -> None:
     """Fill the tensors of `state` in place from a checkpoint of any layout, each rank reading its own part."""
     with _told_of(folder):
-        reader, planner, plan = _plan(state, folder)
+        reader = HuggingFaceStorageReader(str(folder))
+        planner, plan = _plan(state, _metadata(reader))
         reader.read_data(plan, planner)
+
+
+def open_shards(folder: Path) -> Callable[[str, torch.Size], Tensor]:
+    """Reads model parameters of a checkpoint of any layout one at a time, whole, in fp32, by name and shape."""
+    with _told_of(folder):
+        reader = HuggingFaceStorageReader(str(folder))
+        metadata = _metadata(reader)
+
+    def read(name: str, shape: torch.Size) -> Tensor:
+        state = {WEIGHTS + name: torch.empty(shape)}
+        with _told_of(folder):
+            planner, plan = _plan(state, metadata)
+            reader.read_data(plan, planner)
+        return state[WEIGHTS + name]
+
+    return read
 
 
 def files_needed(state: State, folder: Path) -> set[str]:
     """Names of the files that `read_shards` would read; of the others, headers alone need to be there."""
     with _told_of(folder):
-        reader, _, plan = _plan(state, folder)
+        reader = HuggingFaceStorageReader(str(folder))
+        _, plan = _plan(state, _metadata(reader))
         return {Path(reader.storage_data[item.storage_index].relative_path).name for item in plan.items}
 
 
-def _plan(state: State, folder: Path) -> tuple[HuggingFaceStorageReader, DefaultLoadPlanner, LoadPlan]:
-    reader, planner = HuggingFaceStorageReader(str(folder)), DefaultLoadPlanner(flatten_state_dict=False)
+def _metadata(reader: HuggingFaceStorageReader) -> Metadata:
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
+    return metadata
+
+
+def _plan(state: State, metadata: Metadata) -> tuple[DefaultLoadPlanner, LoadPlan]:
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
     planner.set_up_planner(dict(state), metadata, is_coordinator=True)
     plan = planner.create_local_plan()
     covered = Counter[str]()
@@ -114,7 +139,7 @@ def _plan(state: State, folder: Path) -> tuple[HuggingFaceStorageReader, Default
     for name, tensor in state.items():
         if covered[name] < local(tensor).numel():  # of which torch says nothing
             raise ValueError(f"it lacks a part of {name}")
-    return reader, planner, plan
+    return planner, plan
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,9 @@ def serve(
     context: int | None = None,
     dtype: Literal["bf16", "fp32", "int8", "int4"] = "bf16",
     draft: str | None = None,
+    tensor: int | None = None,
+    pipeline: int | None = None,
+    follow: bool = False,
 ) -> None:
     """Serve a model over HTTP, with the completions and chat API of OpenAI.
 
@@ -26,7 +30,8 @@ def serve(
     Parameters
     ----------
     path
-        A run folder (its export is served), or a folder in Hugging Face layout.
+        A run folder (its newest sound checkpoint is served, or its export where that is as new), a checkpoint, or a
+        folder in Hugging Face layout.
     host
         Address to listen on; loopback only, as there is no authentication yet.
     port
@@ -40,7 +45,24 @@ def serve(
     draft
         A smaller model with the same tokenizer that guesses ahead, or `ngram` for guesses from the text itself. Used
         while it is measured to be faster; the answers stay the same.
+    tensor
+        Ranks over which every matrix is divided. Default: the run file's serve.layout, else 1.
+    pipeline
+        Ranks over which the layers are divided. Default: the run file's serve.layout, else 1.
+    follow
+        Take up newer checkpoints of the run while serving, without dropping a request.
     """
+    if (told := os.environ.get("MUSTER_SERVE_RANK")) is not None:  # one of the ranks of an engine
+        from muster.resilience.lifeline import reported
+
+        with reported():
+            from muster.serve.worker import run_rank
+
+            run_rank(told)
+        return
+    for flag, size in (("--tensor", tensor), ("--pipeline", pipeline)):
+        if size is not None and size < 1:
+            raise UsageError(f"{flag} {size} should be at least 1")
     if streams is not None and streams < 1:
         raise UsageError(f"--streams {streams} should be at least 1")
     if context is not None and context < 2:
@@ -54,22 +76,25 @@ def serve(
             raise
         raise MissingExtra("muster serve", "serve") from None
     from muster.observe.format import count
-    from muster.serve.folders import find_folder, serve_section
+    from muster.serve.folders import find_source, serve_section
     from muster.serve.limits import Limits
 
-    folder, _ = find_folder(path)
-    section = serve_section(folder)
+    source = find_source(path, on_damaged=_complain)
+    section = serve_section(source.run or source.weights)
     # The port first: a taken one is known before minutes of loading.
     with bind(host or section.host, section.port if port is None else port) as sock:
         from muster.serve.opening import open_model
 
         model = open_model(
-            folder,
+            source,
             dtype=dtype,
             streams=streams or section.streams,
             context_tokens=context,
             own_process=True,
             draft=draft,
+            tensor=tensor or section.layout.tensor,
+            pipeline=pipeline or section.layout.pipeline,
+            follow=follow or section.follow,
         )
         limits = Limits(context_tokens=model.context_tokens, request_s=section.timeout)
         app = build_app(model.engine, model.codec, model.model_id, limits)
@@ -79,6 +104,10 @@ def serve(
                 f"{count(model.parameters)} parameters, {model.dtype}, "
                 f"context {model.context_tokens}, {model.streams} streams"
             )
+            if (ranks := model.tensor * model.pipeline) > 1:
+                sys.stdout.write(
+                    f"layout  tensor {model.tensor} x pipeline {model.pipeline}: {ranks} ranks\n"
+                )
             sys.stdout.write(f"threads {model.threads}: {model.threads_reason}\n")
             sys.stdout.write(f"kernels {model.kernels}\n")
             sys.stdout.write(f"serving {model.model_id} on {url_of(sock)}  ({facts})\n")
@@ -94,3 +123,7 @@ def serve(
             engine.close()
         if isinstance(engine, ProcessEngine) and engine.failure is not None:
             raise MusterError(f"{engine.failure}: the server's log has what it said")
+
+
+def _complain(sentence: str) -> None:
+    sys.stderr.write(f"muster: {sentence}\n")

@@ -91,3 +91,13 @@ class Layout:
                 "context_kind says how sequences are divided: set context to 2 or more, or leave it out"
             )
         return self
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class ServeLayout:
+    """How a model that is served is spread over ranks: tensor x pipeline of them."""
+
+    tensor: Positive = 1
+    """Ranks over which every matrix is divided."""
+    pipeline: Positive = 1
+    """Ranks over which the layers are divided."""

@@ -17,6 +17,7 @@ from muster.config.checkpoint import Checkpoint as Checkpoint
 from muster.config.faults import Faults as Faults
 from muster.config.fields import STRICT, Flag, ListOrText, Number, Positive, SectionOrWord
 from muster.config.layout import Layout as Layout
+from muster.config.layout import ServeLayout as ServeLayout
 from muster.config.sync import Sync as Sync
 from muster.config.units import Fraction, Interval, Seconds, Tokens
 
@@ -303,6 +304,10 @@ class Serve:
     """Sequences generated at the same time; further requests wait."""
     timeout: Seconds = 300.0
     """Longest time one request may take."""
+    layout: ServeLayout = Field(default_factory=ServeLayout)
+    """Ranks that the model is divided over: {tensor: 2, pipeline: 2}."""
+    follow: Flag = False
+    """Take up newer checkpoints of the run while serving, without dropping a request."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

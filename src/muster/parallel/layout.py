@@ -178,6 +178,14 @@ def resolve(
     )
 
 
+def division_problems(spec: TransformerSpec, tensor: int, pipeline: int) -> Iterator[str]:
+    """What keeps a model from being served by so many ranks, each as `.key: sentence` with the nearest legal values."""
+    said = schema.Layout(tensor=tensor, pipeline=pipeline, sequence_parallel=False)
+    yield from _tensor_problems(said, spec, spec.context, [])
+    for problem in split_problems(spec.layers, pipeline):
+        yield f".pipeline: {problem}"
+
+
 def _refuse(problems: Iterable[str]) -> None:
     found = [f"layout{problem}" for problem in problems]
     if found:

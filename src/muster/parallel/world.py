@@ -58,10 +58,10 @@ def is_rank() -> bool:
 
 
 @contextlib.contextmanager
-def join(timeout_s: float = 600.0) -> Iterator[World]:
-    """Join the process group that the environment describes, and leave it at the end."""
+def join(timeout_s: float = 600.0, *, on_cpu: bool = False) -> Iterator[World]:
+    """Join the process group that the environment describes, and leave it at the end; `on_cpu`: without GPUs."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and not on_cpu
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)

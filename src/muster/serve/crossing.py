@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from muster.serve.protocol import EngineError, Overloaded, Request, Token
 
@@ -124,15 +124,19 @@ def _hand_out(ready: Sequence[tuple[Stream, Item]]) -> None:
             stream.arrived.put_nowait(None)
 
 
+Command = Request | str | Callable[[], None]
+"""A new request, the id of one to cancel, or what is to be done between two steps."""
+
+
 class Inbox:
-    """New requests, and ids of cancelled ones, on their way to the engine's thread."""
+    """Commands on their way to the engine's thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._commands: list[Request | str] = []
+        self._commands: list[Command] = []
         self._closed = False
 
-    def put(self, command: Request | str) -> None:
+    def put(self, command: Command) -> None:
         with self._changed:
             self._commands.append(command)
             self._changed.notify()
@@ -142,7 +146,7 @@ class Inbox:
             self._closed = True
             self._changed.notify()
 
-    def take(self, *, wait: bool) -> list[Request | str] | None:
+    def take(self, *, wait: bool) -> list[Command] | None:
         """What has arrived, in order; blocks for it if it should `wait`. None when the engine is to stop."""
         with self._changed:
             while wait and not (self._commands or self._closed):

@@ -39,6 +39,10 @@ def build_app(engine: Engine, codec: TextCodec, model_id: str, limits: Limits) -
         "chat_template": codec.template is not PLAIN,  # extension, for `muster chat`
     }
 
+    def served() -> Json:
+        step = engine.stats().weights_step
+        return card | ({"step": step} if step else {})  # extension: it rises where a training is followed
+
     def check_model(name: str) -> None:
         if name != model_id:
             raise RequestError(
@@ -63,12 +67,12 @@ def build_app(engine: Engine, codec: TextCodec, model_id: str, limits: Limits) -
 
     @app.get("/v1/models")
     async def models() -> Json:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [served()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         check_model(name)
-        return JSONResponse(card)
+        return JSONResponse(served())
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:

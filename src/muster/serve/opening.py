@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
 
-from muster.errors import DoesNotFit, UsageError
-from muster.model.folder import read_spec
+from muster.errors import ConfigError, DoesNotFit, UsageError
 from muster.model.spec import TransformerSpec
+from muster.parallel.layout import division_problems
 from muster.serve.codec import TextCodec
 from muster.serve.engine.batch import Network, PagedCache
 from muster.serve.engine.core import Core
-from muster.serve.engine.network import TransformerNetwork
-from muster.serve.engine.packed_file import open_packed
 from muster.serve.engine.speculation import Drafter, ModelDrafter, NgramDrafter
 from muster.serve.engine.thread import ThreadEngine
-from muster.serve.folders import find_folder
+from muster.serve.folders import Source, find_source
 from muster.serve.kernels.ops import choose_kernels
 from muster.serve.kernels.packing import Format
 from muster.serve.protocol import Engine
+from muster.serve.weights import compute_dtype, load_network, read_spec
 
 NGRAM = "ngram"
 """In place of a draft model: what came after the last few tokens before."""
@@ -56,6 +55,9 @@ class Opened:
     threads_reason: str
     kernels: str
     """What computes, and why."""
+    tensor: int = 1
+    pipeline: int = 1
+    """Ranks that the model is divided over."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,43 +73,65 @@ class Setup:
     threads: int
     draft: str | None = None
     """`ngram`, or the folder of the model that guesses ahead; None for no guesses."""
+    tokenizer: str | None = None
+    """Its folder. Default: `folder`."""
+    tensor: int = 1
+    pipeline: int = 1
+    """Ranks that the model is divided over."""
+    step: int = 0
+    """Training steps behind the weights; 0 where unknown."""
+    follow: str | None = None
+    """The folder of a run whose newer checkpoints are taken up; None for none."""
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline
 
 
 def open_model(
-    path: Path,
+    model: Path | Source,
     *,
     dtype: Format = "bf16",
     streams: int = 1,
     context_tokens: int | None = None,
     own_process: bool = False,
     draft: str | None = None,
+    tensor: int = 1,
+    pipeline: int = 1,
+    follow: bool = False,
 ) -> Opened:
-    """Load a model and start its engine: on a thread of this process, or in its own.
+    """Load a model and start its engine: on a thread of this process, or in its own, and there over several ranks.
 
     `context_tokens` shortens the model's own context. `draft` is `ngram`, or the path of a smaller model with the
     same tokenizer: its guesses at next tokens are used where that is measured to be faster. Raises UsageError for a
     folder that cannot be served and DoesNotFit when the key-value cache of one sequence exceeds the free memory.
     """
-    folder, name = find_folder(path)
-    spec = read_spec(folder)
-    codec = TextCodec.from_folder(folder)
+    source = find_source(model) if isinstance(model, Path) else model
+    spec = read_spec(source.weights)
+    _refuse(spec, source, tensor, pipeline, follow)
+    codec = TextCodec.from_folder(source.tokenizer)
     if codec.tokenizer.vocab > spec.vocab:
         raise UsageError(
-            f"the tokenizer of {folder} has {codec.tokenizer.vocab} tokens, but its model has embeddings for "
+            f"the tokenizer of {source.tokenizer} has {codec.tokenizer.vocab} tokens, but its model has embeddings for "
             f"{spec.vocab}: they do not belong together"
         )
-    threads, reason = choose_threads(spec.parameters())
+    threads, reason = choose_threads(spec.parameters(), tensor * pipeline)
     setup = Setup(
-        folder=str(folder),
+        folder=str(source.weights),
+        tokenizer=str(source.tokenizer),
         dtype=dtype,
         streams=streams,
         context_tokens=min(context_tokens or spec.context, spec.context),
         vocab=codec.tokenizer.vocab,
         threads=threads,
         draft=draft if draft is None or draft == NGRAM else str(_draft_folder(Path(draft), codec)),
+        tensor=tensor,
+        pipeline=pipeline,
+        step=source.step,
+        follow=str(source.run) if follow else None,
     )
     return Opened(
-        model_id=name,
+        model_id=source.name,
         engine=_start(setup, own_process),
         codec=codec,
         parameters=spec.parameters(),
@@ -117,39 +141,56 @@ def open_model(
         threads=threads,
         threads_reason=reason,
         kernels=choose_kernels(compute_dtype(dtype))[1],
+        tensor=tensor,
+        pipeline=pipeline,
     )
 
 
 def _start(setup: Setup, own_process: bool) -> Engine:
     if not own_process:
         return ThreadEngine(build_core(setup), threads=setup.threads)
-    from muster.serve.engine.process import ProcessEngine  # what it imports is in the extra
+    from muster.serve.engine.process import RESTARTS, ProcessEngine  # what it imports is in the extra
 
-    return ProcessEngine(asdict(setup))
+    # A rank that has died is the whole engine's end, which says so: whoever keeps servers running starts it again.
+    return ProcessEngine(asdict(setup), restarts=RESTARTS if setup.ranks == 1 else 0)
 
 
 def _draft_folder(path: Path, codec: TextCodec) -> Path:
-    folder, name = find_folder(path)
-    other = TextCodec.from_folder(folder).tokenizer
+    source = find_source(path)
+    other = TextCodec.from_folder(source.tokenizer).tokenizer
     if other.digest != codec.tokenizer.digest:
         raise UsageError(
-            f"the draft model {name} has another tokenizer than the model, so that its tokens are not the model's: "
-            f"use one that was trained or distilled with the same"
+            f"the draft model {source.name} has another tokenizer than the model, so that its tokens are not the "
+            f"model's: use one that was trained or distilled with the same"
         )
-    return folder
+    return source.weights
+
+
+def _refuse(spec: TransformerSpec, source: Source, tensor: int, pipeline: int, follow: bool) -> None:
+    """Before anything is started, whatever cannot be divided or followed."""
+    problems = [f"serve.layout{problem}" for problem in division_problems(spec, tensor, pipeline)]
+    if follow and source.run is None:
+        problems.append(
+            f"serve.follow: {source.weights} is not of a run, so nothing newer can come: give a run folder"
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def build_core(setup: Setup) -> Core:
-    """Load the weights and make room for keys and values."""
-    free_bytes = psutil.virtual_memory().available
-    network, cache = _network(Path(setup.folder), setup, free_bytes)
+    """Load the weights and make room for keys and values, in this process."""
+    folder, blocks = Path(setup.folder), count_blocks(setup)
+    network = load_network(folder, setup.dtype)
+    return core_of(setup, network, network.new_cache(blocks, BLOCK_TOKENS))
+
+
+def core_of(setup: Setup, network: Network, cache: PagedCache) -> Core:
+    """The engine around a network that is there."""
     drafter: Drafter | None = None
     if setup.draft == NGRAM:
         drafter = NgramDrafter()
     elif setup.draft is not None:
-        drafter = ModelDrafter(
-            *_network(Path(setup.draft), setup, free_bytes), vocab=setup.vocab, step_tokens=STEP_TOKENS
-        )
+        drafter = _model_drafter(Path(setup.draft), setup)
     return Core(
         network,
         cache,
@@ -157,28 +198,38 @@ def build_core(setup: Setup) -> Core:
         step_tokens=max(STEP_TOKENS, setup.streams),
         context_tokens=setup.context_tokens,
         vocab=setup.vocab,
-        guides=TextCodec.from_folder(Path(setup.folder)).guides,
+        guides=TextCodec.from_folder(Path(setup.tokenizer or setup.folder)).guides,
         drafter=drafter,
+        salt=salt_of(setup.step),
+        weights_step=setup.step,
     )
 
 
-def _network(folder: Path, setup: Setup, free_bytes: int) -> tuple[Network, PagedCache]:
-    """The one place that decides what computes: a folder's weights, and the cache beside them."""
-    spec, dtype = read_spec(folder), compute_dtype(setup.dtype)
+def salt_of(step: int) -> str:
+    """What tells the prefix cache's blocks of one checkpoint from those of another."""
+    return f"step {step}"
+
+
+def _model_drafter(folder: Path, setup: Setup) -> ModelDrafter:
+    """A small model that guesses ahead, whole on the first rank."""
+    spec = read_spec(folder)
     if spec.context < setup.context_tokens:
         raise UsageError(
             f"the draft model {folder} has a context of {spec.context} tokens, fewer than the {setup.context_tokens} "
             f"that are served: use --context {spec.context}"
         )
-    blocks = cache_blocks(spec, dtype, setup.streams, setup.context_tokens, free_bytes)
-    packed, _ = open_packed(folder, setup.dtype)
-    network = TransformerNetwork(packed, choose_kernels(packed.compute)[0])
-    return network, network.new_cache(blocks, BLOCK_TOKENS)
+    network, blocks = load_network(folder, setup.dtype), count_blocks(setup, folder)
+    cache = network.new_cache(blocks, BLOCK_TOKENS)
+    return ModelDrafter(network, cache, vocab=setup.vocab, step_tokens=STEP_TOKENS)
 
 
-def compute_dtype(format: Format) -> torch.dtype:
-    """What activations and the cache are, for weights in a format."""
-    return torch.float32 if format == "fp32" else torch.bfloat16
+def count_blocks(setup: Setup, folder: Path | None = None) -> int:
+    """Blocks of the cache of the model that is served, or of another one in `folder`."""
+    free_bytes = psutil.virtual_memory().available
+    spec = read_spec(folder or Path(setup.folder))
+    if folder is None and spec.kv_heads < setup.tensor:  # ranks that share a head each keep a copy
+        spec = replace(spec, kv_heads=setup.tensor)
+    return cache_blocks(spec, compute_dtype(setup.dtype), setup.streams, setup.context_tokens, free_bytes)
 
 
 def cache_blocks(
@@ -199,9 +250,11 @@ def cache_blocks(
     return min(streams * one + 1, affordable)
 
 
-def choose_threads(parameters: int) -> tuple[int, str]:
-    """(torch threads for decoding on this machine, why)."""
+def choose_threads(parameters: int, ranks: int = 1) -> tuple[int, str]:
+    """(torch threads of a rank for decoding on this machine, why)."""
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    if ranks > 1:
+        return max(cores // ranks, 1), f"{ranks} ranks share {cores} cores"
     if parameters < SMALL_PARAMETERS:
         return 1, "a small model decodes fastest on one core"
     return cores, "one for each core"

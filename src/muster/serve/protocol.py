@@ -129,6 +129,8 @@ class Stats:
     """Guesses at next tokens,"""
     accepted_tokens: int = 0
     """and those that were right."""
+    weights_step: int = 0
+    """Training steps behind the weights; 0 where unknown."""
 
 
 class Engine(Protocol):

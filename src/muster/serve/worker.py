@@ -1,26 +1,45 @@
 """`python -m muster.serve.worker FD`: the engine's process, started by `engine/process.py`.
 
-Its one connection is the socket FD. When that closes, the server has ended, and so does this at once.
+Its one connection is the socket FD. When that closes, the server has ended, and so does this at once. Where the model
+is divided over several ranks, it is the first of them; the others are `run_rank`.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
 from muster.errors import MusterError
+from muster.parallel.world import join
+from muster.resilience.budget import Failure
 from muster.serve.crossing import Inbox
+from muster.serve.engine.batch import Network, PagedCache
 from muster.serve.engine.core import Outcome
+from muster.serve.engine.network import TransformerNetwork
+from muster.serve.engine.others import Others
+from muster.serve.engine.part import Part
+from muster.serve.engine.ranks import STEP_S, Grid, Load, Orders, ParallelNetwork, follow
 from muster.serve.engine.thread import drive
 from muster.serve.engine.wire import Wire, from_outcome, to_request
-from muster.serve.opening import Setup, build_core
+from muster.serve.folders import find_source
+from muster.serve.follow import Follower
+from muster.serve.opening import BLOCK_TOKENS, Setup, core_of, count_blocks
+from muster.serve.weights import load_network, read_spec
+
+_LOG = logging.getLogger(__name__)
+_KINDS = {2: "UsageError", 3: "DoesNotFit"}
 
 
 def main(fd: int) -> None:
@@ -30,30 +49,133 @@ def main(fd: int) -> None:
     wire = Wire(socket.socket(fileno=fd))
     messages = wire.messages()
     setup = Setup(**next(messages)["setup"])
-    inbox = Inbox()
+    inbox, end = Inbox(), _End(wire)
     # From now on, as loading may take long, too.
-    threading.Thread(target=_listen, args=(messages, inbox), daemon=True).start()
+    threading.Thread(target=_listen, args=(messages, inbox, end), daemon=True).start()
     torch.set_num_threads(setup.threads)
-    try:
-        core = build_core(setup)
-    except MusterError as error:
-        wire.send({"error": str(error), "kind": type(error).__name__})
-        return
-    wire.send({"ready": True})
+    with ExitStack() as stack:
+        try:
+            _serve(_still_there(setup), inbox, end, stack)
+        except Exception as error:
+            end.by(error)
+
+
+def _serve(setup: Setup, inbox: Inbox, end: _End, stack: ExitStack) -> None:
+    parallel: ParallelNetwork | None = None
+    blocks = count_blocks(setup)
+    if setup.ranks > 1:
+        told = json.dumps({"setup": asdict(setup), "blocks": blocks})
+        end.others = Others(told, setup.ranks, setup.threads, end.by_failure)
+        stack.enter_context(join(STEP_S, on_cpu=True))
+        grid, orders, load = _place(setup)
+        own, cache = _loaded(setup, load, blocks)
+        orders.agree(True)  # who is late now has loaded more slowly
+        network: Network = (parallel := ParallelNetwork(own, grid, orders))
+    else:
+        load = _load(setup)
+        network, cache = _loaded(setup, load, blocks)
+    core = core_of(setup, network, cache)
+    end.wire.send({"ready": True, "stats": core.stats()})
+    end.ready = True
+    if setup.follow is not None:
+        Follower(Path(setup.follow), setup.step, core, inbox, load, parallel)
 
     def deliver(outcome: Outcome) -> None:
         try:
-            wire.send(from_outcome(outcome))
+            end.wire.send(from_outcome(outcome))
         except OSError:
-            os._exit(0)
+            end.leave(0)
 
     drive(core, inbox, deliver)
 
 
-def _listen(messages: Iterator[dict[str, Any]], inbox: Inbox) -> None:
+def run_rank(told: str) -> None:
+    """A rank other than the first: follows until the first one ends. `told` is what that has said about the model."""
+    plain = json.loads(told)
+    setup = Setup(**plain["setup"])
+    with join(STEP_S, on_cpu=True):
+        grid, orders, load = _place(setup)
+        own, cache = _loaded(setup, load, plain["blocks"])
+        orders.agree(True)
+        follow(own, cache, grid, orders, load)
+
+
+def _place(setup: Setup) -> tuple[Grid, Orders, Load]:
+    """This rank among the others, once they have joined."""
+    grid, orders = Grid(setup.tensor, setup.pipeline), Orders()
+    return grid, orders, _load(setup, grid)
+
+
+def _load(setup: Setup, grid: Grid | None = None) -> Load:
+    if grid is None:
+        return lambda folder: load_network(Path(folder), setup.dtype)
+    place = grid
+
+    def load(folder: str) -> TransformerNetwork:
+        spec = read_spec(Path(folder))
+        part = Part.of(spec, place.rank, tensor=setup.tensor, pipeline=setup.pipeline)
+        return load_network(Path(folder), setup.dtype, part, place.total)
+
+    return load
+
+
+def _loaded(setup: Setup, load: Load, blocks: int) -> tuple[TransformerNetwork, PagedCache]:
+    network = load(setup.folder)
+    return network, network.new_cache(blocks, BLOCK_TOKENS)
+
+
+def _still_there(setup: Setup) -> Setup:
+    """With the newest checkpoint where the one that the server began with has been deleted meanwhile."""
+    if setup.follow is None or Path(setup.folder).exists():
+        return setup
+    source = find_source(Path(setup.follow))
+    return replace(setup, folder=str(source.weights), tokenizer=str(source.tokenizer), step=source.step)
+
+
+class _End:
+    """How the process ends, and what the server hears of it."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.others: Others | None = None
+        self.ready = False
+        """Whether the server has been told that this can generate."""
+
+    def by(self, error: Exception) -> NoReturn:
+        """Something went wrong here; where that comes of another rank's end, that is said instead."""
+        if self.others is not None:
+            self.others.explain()
+        known = isinstance(error, MusterError)
+        if not known:
+            _LOG.error("the engine has ended", exc_info=error)
+        self._say(
+            str(error) if known else f"the engine failed ({type(error).__name__})", type(error).__name__
+        )
+        self.leave(1)
+
+    def by_failure(self, failure: Failure) -> NoReturn:
+        """Another rank has ended."""
+        self._say(failure.sentence, _KINDS.get(failure.exit_code, "MusterError"))
+        self.leave(1)
+
+    def leave(self, code: int) -> NoReturn:
+        """At once, and all ranks with it."""
+        if self.others is not None:
+            self.others.close(keep_logs=code != 0)
+        os._exit(code)
+
+    def _say(self, sentence: str, kind: str) -> None:
+        message = {"failed": sentence} if self.ready else {"error": sentence, "kind": kind}
+        try:
+            self.wire.send(message)
+        except OSError:
+            _LOG.debug("the server has gone before")
+
+
+def _listen(messages: Iterator[dict[str, Any]], inbox: Inbox, end: _End) -> None:
     for message in messages:
         inbox.put(to_request(message["add"]) if "add" in message else message["cancel"])
-    os._exit(0)
+    end.leave(0)
 
 
 if __name__ == "__main__":

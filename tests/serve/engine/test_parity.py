@@ -59,6 +59,7 @@ NEW = 14
 
 @dataclass(frozen=True)
 class Case:
+    folder: Path
     model: Transformer
     prompts: list[list[int]]
     expected: list[list[int]]
@@ -92,7 +93,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             )[0, len(prompt) :].tolist()
             for prompt in prompts
         ]
-    return Case(load_folder(folder), prompts, expected)
+    return Case(folder, load_folder(folder), prompts, expected)
 
 
 def run(core: Core, prompts: list[list[int]], *, together: bool = True, **params: Any) -> list[list[int]]:

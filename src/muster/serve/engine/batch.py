@@ -6,10 +6,14 @@ step is one pass whatever it mixes. Shapes: N new tokens, S sequences, P pages a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from muster.errors import MusterError
+from muster.serve.engine.blocks import Chore, Copy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +50,27 @@ class PagedCache:
         return self.keys[0].shape[2]
 
 
+def carry_out(chores: Sequence[Chore], cache: PagedCache) -> None:
+    """Copy and wipe blocks, in order."""
+    for chore in chores:
+        for tensors in (cache.keys, cache.values):
+            for layer in tensors:
+                if isinstance(chore, Copy):
+                    layer[chore.target] = layer[chore.source]
+                else:
+                    layer[chore.target].zero_()
+
+
+class NetworkLost(MusterError):
+    """The network will not compute any more, whatever it is asked: no request's fault."""
+
+
 class Network(Protocol):
     """A model as the engine sees it."""
+
+    def prepare(self, chores: Sequence[Chore], cache: PagedCache) -> None:
+        """Copy and wipe blocks, in order, before the next `logits`."""
+        ...
 
     def logits(self, batch: Batch, cache: PagedCache) -> Tensor:
         """Write the batch's keys and values into `cache`; fp32 logits (W, V) of its wanted rows. A row's logits are

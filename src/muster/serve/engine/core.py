@@ -17,7 +17,7 @@ from torch import Tensor
 
 from muster.errors import UsageError
 from muster.serve.adjust import Adjustment, adjust
-from muster.serve.engine.batch import Network, PagedCache
+from muster.serve.engine.batch import Network, NetworkLost, PagedCache
 from muster.serve.engine.blocks import BlockPool, root
 from muster.serve.engine.runner import Runner
 from muster.serve.engine.scheduler import Scheduler, Work
@@ -82,6 +82,7 @@ class Core:
         guides: Guides | None = None,
         drafter: Drafter | None = None,
         always_draft: bool = False,
+        weights_step: int = 0,
     ) -> None:
         pool = BlockPool(cache.keys[0].shape[0], cache.block_tokens, prefix_cache=prefix_cache)
         self._scheduler = Scheduler(pool, streams=streams, step_tokens=step_tokens)
@@ -92,7 +93,7 @@ class Core:
             )
         self._context_tokens = context_tokens
         self._runner = Runner(network, cache, vocab=vocab)
-        self._root = root(salt)
+        self._root, self._weights_step = root(salt), weights_step
         self._guides = guides
         self._drafter, self._gain = drafter, None if always_draft else Gain()
         self._drafted = self._accepted_tokens = 0
@@ -153,6 +154,16 @@ class Core:
         if live is not None:
             self._forget(live)
 
+    def renew(self, network: Network, *, salt: str, weights_step: int) -> None:
+        """Compute with other weights of the same model from now on.
+
+        Sequences that run keep the tokens they have, and go on as if the new weights had been given those: their keys
+        and values are computed again.
+        """
+        self._runner.renew(network)
+        self._root, self._weights_step = root(salt), weights_step
+        self._scheduler.restart(self._root)
+
     def abandon(self) -> Outcome:
         """End all requests, as the engine is stopping."""
         for live in list(self._live.values()):
@@ -207,6 +218,7 @@ class Core:
             preemptions=scheduler.counts.preemptions,
             draft_tokens=self._drafted,
             accepted_tokens=self._accepted_tokens,
+            weights_step=self._weights_step,
         )
 
     def _handed_over(self) -> Outcome:
@@ -218,6 +230,8 @@ class Core:
         """Works with their logits: all at once, or one by one where that fails."""
         try:
             logits = self._runner.run(works)
+        except NetworkLost:
+            raise
         except Exception as error:
             _LOG.error("a step of %d sequences failed", len(works), exc_info=error)
             if len(works) == 1:

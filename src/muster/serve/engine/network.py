@@ -8,7 +8,7 @@ N new tokens, W wanted rows, H heads, K kv heads, D head dim, E width, V vocab.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from torch import Tensor
 from muster.model.moe import MoE
 from muster.model.rope import rotation_at
 from muster.model.transformer import Transformer
-from muster.serve.engine.batch import Batch, PagedCache
+from muster.serve.engine.batch import Batch, PagedCache, carry_out
+from muster.serve.engine.blocks import Chore
 from muster.serve.engine.hugepages import huge_bytes
 from muster.serve.engine.packed import PackedModel, pack_model
 from muster.serve.kernels.ops import Kernels, choose_kernels
@@ -25,21 +26,33 @@ from muster.serve.kernels.packing import Format
 from muster.serve.kernels.shape import Heads, QKNorm, Rotation
 
 Linear = Callable[[Tensor], Tensor]
+Total = Callable[[Tensor], Tensor]
+"""The sum of x over the ranks that a layer is divided over."""
+
+
+def same(x: Tensor) -> Tensor:
+    """x itself: the sum over one rank."""
+    return x
 
 
 class TransformerNetwork:
-    """A packed model behind the engine's `Network`."""
+    """A packed model behind the engine's `Network`; or a part of one, which `ranks.py` joins with the others.
 
-    def __init__(self, model: PackedModel, kernels: Kernels) -> None:
+    `total` sums over the ranks that the layers are divided over; it may do so in place.
+    """
+
+    def __init__(self, model: PackedModel, kernels: Kernels, total: Total = same) -> None:
         spec = model.spec
-        self.spec, self.compute, self.device = spec, model.compute, kernels.device
-        self._kernels = kernels
-        self._embed = model.tensors["embed"].to(kernels.device)
-        positions = model.tensors.get("positions")
+        self.part, self.spec, self.compute, self.device = model.part, spec, model.compute, kernels.device
+        self._kernels, self._total = kernels, total
+        embed, positions = model.tensors.get("embed"), model.tensors.get("positions")
+        self._embed = None if embed is None else embed.to(kernels.device)
         self._positions = None if positions is None else positions.to(kernels.device)
-        self._layers = [_Layer(model, kernels, layer) for layer in range(spec.layers)]
-        self._norm = _Norm(model, kernels, "norm")
-        self._head = kernels.linear(model.linears["head"], torch.float32)
+        self._layers = [_Layer(model, kernels, layer, total) for layer in model.part.layers]
+        self._norm: _Norm | None = None
+        if "head" in model.linears:
+            self._norm = _Norm(model, kernels, "norm")
+            self._head = kernels.linear(model.linears["head"], torch.float32)
 
     @classmethod
     def of(
@@ -58,32 +71,58 @@ class TransformerNetwork:
                 return torch.zeros(shape, dtype=self.compute, device=self.device)
             return huge_bytes(math.prod(shape) * self.compute.itemsize).view(self.compute).view(shape)
 
-        keys, values = (tuple(pages() for _ in range(self.spec.layers)) for _ in range(2))
+        keys, values = (tuple(pages() for _ in self._layers) for _ in range(2))
         return PagedCache(keys=keys, values=values)
+
+    def prepare(self, chores: Sequence[Chore], cache: PagedCache) -> None:
+        carry_out(chores, cache)
 
     @torch.inference_mode()
     def logits(self, batch: Batch, cache: PagedCache) -> Tensor:
         """fp32 logits (W, V) of the wanted rows, after writing the batch's keys and values into the cache."""
-        self._kernels.check(batch, cache, self.spec.vocab)
-        x = F.embedding(batch.tokens, self._embed)  # (N, E)
-        if self._positions is not None:
-            x = x + F.embedding(batch.positions, self._positions)
+        self.check(batch, cache)
+        return self.scored(batch, *self.hidden(batch, cache, self.embedded(batch)))
+
+    def check(self, batch: Batch, cache: PagedCache) -> None:
+        """Raise IndexError for a batch that does not stay within its cache."""
+        self._kernels.check(batch, cache, self.part.whole.vocab)
+
+    def embedded(self, batch: Batch) -> Tensor:
+        """What the first layer is given, (N, E)."""
+        assert self._embed is not None
+        own = self.part.tokens
+        if len(own) == self.part.whole.vocab:
+            x = F.embedding(batch.tokens, self._embed)
+        else:
+            index = batch.tokens - own.start
+            foreign = (index < 0) | (index >= len(own))
+            rows = F.embedding(index.masked_fill(foreign, 0), self._embed)
+            x = self._total(rows.masked_fill_(foreign[:, None], 0))
+        return x if self._positions is None else x + F.embedding(batch.positions, self._positions)
+
+    def hidden(self, batch: Batch, cache: PagedCache, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, E) through the layers: what comes out of the last one, and what is still to be added to it."""
         rotation = rotation_at(self.spec, batch.positions) if self.spec.positions == "rope" else None
         residual: Tensor | None = None  # added to x by the next norm, which reads both anyhow
         for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
             residual = layer(x, residual, rotation, batch, keys, values)
+        assert residual is not None
+        return x, residual
+
+    def scored(self, batch: Batch, x: Tensor, residual: Tensor) -> Tensor:
+        """fp32 logits of the wanted rows, of the tokens that are here."""
+        assert self._norm is not None
         if len(batch.wanted) < len(x):
-            x = x[batch.wanted]
-            residual = None if residual is None else residual[batch.wanted]
+            x, residual = x[batch.wanted], residual[batch.wanted]
         return self._head(self._norm(x, residual))
 
 
 class _Layer:
     """Attention and feed-forward; takes x and what is still to be added to it, and returns the next such."""
 
-    def __init__(self, model: PackedModel, kernels: Kernels, layer: int) -> None:
+    def __init__(self, model: PackedModel, kernels: Kernels, layer: int, total: Total) -> None:
         spec, at = model.spec, f"layers.{layer}"
-        self._kernels = kernels
+        self._kernels, self._total = kernels, total
         self._heads = Heads(heads=spec.heads, kv_heads=spec.kv_heads, dim=spec.head_dim, window=spec.window)
         self._qk_norm: QKNorm | None = None
         if spec.qk_norm:
@@ -101,8 +140,8 @@ class _Layer:
     ) -> Tensor:  # fmt: skip
         qkv = self._qkv(self._attention_norm(x, residual))  # (N, (H + 2 K) D)
         self._kernels.rotate_store(qkv, self._heads, rotation, self._qk_norm, batch.slots, keys, values)
-        attended = self._o(self._kernels.attend(qkv, self._heads, batch, keys, values))
-        return self._mlp(self._mlp_norm(x, attended))
+        attended = self._total(self._o(self._kernels.attend(qkv, self._heads, batch, keys, values)))
+        return self._total(self._mlp(self._mlp_norm(x, attended)))
 
 
 class _Norm:

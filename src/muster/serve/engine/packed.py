@@ -17,6 +17,7 @@ from muster.model.moe import MoE
 from muster.model.spec import TransformerSpec
 from muster.model.transformer import Norm, Transformer, named_tensors
 from muster.serve.engine.hugepages import HugePages
+from muster.serve.engine.part import Part
 from muster.serve.kernels.packing import Format, Weights, pack, quantize
 
 
@@ -24,7 +25,7 @@ from muster.serve.kernels.packing import Format, Weights, pack, quantize
 class PackedModel:
     """Everything that a network needs."""
 
-    spec: TransformerSpec
+    part: Part
     format: Format
     compute: torch.dtype
     """The type of activations, of the embedding, and of the keys and values in the cache."""
@@ -32,23 +33,32 @@ class PackedModel:
     tensors: Mapping[str, Tensor]
     """The rest: norms in fp32; embedding, positions and experts in `compute` (a router's bias in fp32)."""
 
+    @property
+    def spec(self) -> TransformerSpec:
+        """Sizes of what is here."""
+        return self.part.spec
+
 
 @torch.no_grad()
 def pack_model(
-    model: Transformer, format: Format, *, head: Format | None = None, packed: bool = True
+    model: Transformer,
+    format: Format,
+    *,
+    part: Part | None = None,
+    head: Format | None = None,
+    packed: bool = True,
 ) -> PackedModel:
-    """A whole model in a format. int8 and int4 compute in bf16; `head`: the head's format, int8 for int4 models,
-    because rounding the head to 4 bits costs more than all other layers (`benchmarks/serve_quality_cpu.py`).
+    """A whole model, or that `part` of one, in a format. int8 and int4 compute in bf16.
 
-    With `packed` the linear layers are in the kernels' layout. Raises ValueError for a stretch of a model.
+    `head` is the head's format: int8 for int4 models, because rounding the head to 4 bits costs more than all other
+    layers (`benchmarks/serve_quality_cpu.py`).
+    With `packed` the linear layers are in the kernels' layout.
     """
-    spec = model.spec
-    if model.embed is None or model.norm is None:
-        raise ValueError("only a whole model can be packed, not a stretch of its layers")
+    part = part or Part.of(model.spec)
     compute = torch.float32 if format == "fp32" else torch.bfloat16
     linears: dict[str, Weights] = {}
     pages = HugePages()
-    tensors: dict[str, Tensor] = {"embed": model.embed.weight.to(compute)}
+    tensors: dict[str, Tensor] = {}
 
     def put(name: str, weight: Tensor, bias: Tensor | None, format: Format) -> None:
         plain = quantize(weight, bias, format)
@@ -66,10 +76,14 @@ def pack_model(
             for part, tensor in named_tensors(norm):
                 tensors[f"{name}.{part}"] = tensor.float()
 
+    if model.is_first:
+        assert model.embed is not None
+        tensors["embed"] = model.embed.weight.to(compute)
     if model.positions is not None:
         tensors["positions"] = model.positions.weight.to(compute)
-    for i, block in enumerate(model.blocks):
-        at, attention = f"layers.{i}", block.attention
+    for block in model.blocks:
+        attention = block.attention
+        at = f"layers.{attention.layer}"
         add(f"{at}.qkv", [attention.q, attention.k, attention.v])
         add(f"{at}.o", [attention.o])
         add_norm(f"{at}.attention_norm", block.attention_norm)
@@ -86,7 +100,9 @@ def pack_model(
             add(f"{at}.gate_up", [*gate, block.mlp.up])
             add(f"{at}.down", [block.mlp.down])
     add_norm("norm", model.norm)
-    table = model.embed.weight if model.head is None else model.head.weight
-    put("head", table, None, head or ("int8" if format == "int4" else format))
+    if model.is_last:
+        table = model.embed if model.head is None else model.head
+        assert table is not None
+        put("head", table.weight, None, head or ("int8" if format == "int4" else format))
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    return PackedModel(spec=spec, format=format, compute=compute, linears=linears, tensors=contiguous)
+    return PackedModel(part=part, format=format, compute=compute, linears=linears, tensors=contiguous)

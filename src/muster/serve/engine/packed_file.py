@@ -23,6 +23,7 @@ from muster.model.folder import PACKED_PREFIX, load_folder
 from muster.model.spec import TransformerSpec
 from muster.serve.engine.hugepages import huge_bytes
 from muster.serve.engine.packed import PackedModel, pack_model
+from muster.serve.engine.part import Part
 from muster.serve.kernels.packing import LAYOUT, Format, Weights
 
 _ALIGNED = 64
@@ -160,8 +161,8 @@ def read_packed(path: Path, source: str | None = None) -> PackedModel:
         for name, (format, features, inputs) in about["linears"].items()
     }  # fmt: skip
     return PackedModel(
-        spec=TransformerSpec.from_dict(about["spec"]), format=about["format"], compute=_DTYPES[about["compute"]],
-        linears=linears, tensors=tensors,
+        part=Part.of(TransformerSpec.from_dict(about["spec"])), format=about["format"],
+        compute=_DTYPES[about["compute"]], linears=linears, tensors=tensors,
     )  # fmt: skip
 
 

@@ -111,6 +111,7 @@ class ProcessEngine:
             raise MusterError(f"the engine's process {_ending(self._process.wait())} while it was starting")
         if "error" in greeting:
             raise _ERRORS.get(greeting["kind"], MusterError)(greeting["error"])
+        self._stats = Stats(**greeting["stats"])
 
     def _send(self, message: dict[str, Any]) -> None:
         with self._changed:
@@ -122,7 +123,11 @@ class ProcessEngine:
     def _read(self, messages: Iterator[dict[str, Any]]) -> None:
         """On a thread: hand tokens over, and start the process again when it ends."""
         while True:
+            said: str | None = None
             for message in messages:
+                if "failed" in message:
+                    said = message["failed"]
+                    continue
                 outcome = to_outcome(message)
                 self._stats = outcome.stats
                 self._streams.deliver(outcome.items, outcome.admitted)
@@ -132,10 +137,12 @@ class ProcessEngine:
                 if self._closing:
                     return
                 self._wire.close()
-                cause = f"the engine's process {_ending(self._process.wait())}"
+                ending = _ending(self._process.wait())
+                cause = said or f"the engine's process {ending}"
                 self._ends.append(time.monotonic())
                 if len(self._ends) > self._restarts and self._ends[-1] - self._ends[0] < RESTART_WINDOW_S:
-                    self._give_up(f"{cause}, {len(self._ends)} times within {RESTART_WINDOW_S:.0f} s")
+                    times = f", {len(self._ends)} times within {RESTART_WINDOW_S:.0f} s"
+                    self._give_up(cause + times * (self._restarts > 0))
                     return
                 _LOG.error("%s; it is started again", cause)
                 self._stats = Stats()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from muster.serve.engine.batch import Batch, Network, PagedCache
-from muster.serve.engine.blocks import Chore, Copy
+from muster.serve.engine.blocks import Chore
 from muster.serve.engine.scheduler import Work
 
 
@@ -20,20 +20,13 @@ class Runner:
         self._network, self._cache, self._vocab = network, cache, vocab
         self._device = cache.keys[0].device
 
-    @property
-    def parts(self) -> tuple[Network, PagedCache, int | None]:
-        """Network, cache and vocabulary."""
-        return self._network, self._cache, self._vocab
+    def renew(self, network: Network) -> None:
+        """Compute with another network, over the same cache."""
+        self._network = network
 
     def prepare(self, chores: Sequence[Chore]) -> None:
         """Copy and wipe blocks, in order."""
-        for chore in chores:
-            for tensors in (self._cache.keys, self._cache.values):
-                for layer in tensors:
-                    if isinstance(chore, Copy):
-                        layer[chore.target] = layer[chore.source]
-                    else:
-                        layer[chore.target].zero_()
+        self._network.prepare(chores, self._cache)
 
     def run(self, works: Sequence[Work]) -> Tensor:
         """Logits (W, V) fp32: for each work that draws, its last token's row and one for each guess."""

@@ -110,6 +110,18 @@ class Scheduler:
         if self._present[sequence.client] == 0:
             del self._present[sequence.client], self._served[sequence.client]
 
+    def restart(self, root: Key) -> None:
+        """Have every sequence computed anew, with nothing in the cache: what fills it has changed.
+
+        `root` is the key before their first block from now on. Those that ran go first.
+        """
+        for sequence in list(self.running):
+            self._preempt(sequence)
+        for sequence in self.waiting:
+            sequence.root, sequence.waits_for = root, None
+            sequence.keys.clear()
+        self.pool.clear_cache()
+
     def plan(self, drafts: Mapping[str, Tokens[int]] | None = None) -> Plan:
         """Decide a step. `drafts`: guesses at the next tokens of running sequences, by id."""
         budget = self._step_tokens

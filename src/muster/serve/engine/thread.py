@@ -75,7 +75,9 @@ def drive(core: Core, inbox: Inbox, deliver: Callable[[Outcome], None]) -> None:
             for command in commands:
                 if isinstance(command, Request):
                     core.add(command)
-                else:
+                elif isinstance(command, str):
                     core.cancel(command)
+                else:
+                    command()
             deliver(core.step())
     deliver(core.abandon())

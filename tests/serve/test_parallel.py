@@ -1,0 +1,129 @@
+"""Servers whose model is divided over ranks: real processes, killed and stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from muster.errors import ConfigError
+from muster.model.folder import load_folder
+from muster.serve.codec import TextCodec
+from muster.serve.opening import open_model
+
+Start = Callable[..., AbstractContextManager["Running"]]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server's process, and all that it has started."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    said: list[str]
+
+    def ranks(self) -> dict[str, psutil.Process]:
+        """The ranks beside the first one, by the name they have given themselves."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return {child.name(): child for child in children if child.name().startswith("rank-")}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """`with start(folder, "--tensor", 2) as running`; at the end none of its processes is left."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+
+    @contextlib.contextmanager
+    def serve(folder: Path, *options: object) -> Iterator[Running]:
+        command = [sys.executable, "-m", "muster", "serve", str(folder), "--port", "0", *map(str, options)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        ) as process:
+            family: list[psutil.Process] = []
+            try:
+                assert process.stdout is not None
+                assert process.stderr is not None
+                said: list[str] = []
+                while not said or not said[-1].startswith("serving"):
+                    said.append(process.stdout.readline().decode())
+                    assert said[-1], process.stderr.read().decode()
+                url = re.search(r"http://\S+", said[-1])
+                assert url
+                family = psutil.Process(process.pid).children(recursive=True)
+                yield Running(process, url[0], said)
+            finally:
+                process.kill()
+                _, alive = psutil.wait_procs(family, timeout=20)
+                assert not alive
+
+    return serve
+
+
+@contextlib.contextmanager
+def client(running: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=60) as made:
+        yield made
+
+
+def greedy(model: str, max_tokens: int) -> dict[str, Any]:
+    return {"model": model, "prompt": "ab", "temperature": 0, "max_tokens": max_tokens}
+
+
+def expected(folder: Path, reference: Any, max_tokens: int) -> str:
+    codec = TextCodec.from_folder(folder)
+    return codec.decode(reference(load_folder(folder), codec.encode("ab"), max_tokens))
+
+
+def test_a_rank_that_is_killed_ends_the_server_with_its_name(
+    folder: Path, start: Start, reference: Any
+) -> None:
+    with start(folder, "--tensor", 2, "--dtype", "fp32") as running, client(running) as ask:
+        assert running.said[0] == "layout  tensor 2 x pipeline 1: 2 ranks\n"
+        answer = ask.completions.create(**greedy("small-run", 12)).choices[0].text
+        assert answer == expected(folder / "hf", reference, 12)
+        stream = ask.completions.create(**greedy("small-run", 90), stream=True)
+        next(iter(stream))
+        running.ranks()["rank-1"].kill()
+        with contextlib.suppress(openai.APIError):  # or it had been answered by then
+            for _ in stream:
+                pass
+        assert running.process.wait(timeout=30) == 1
+        assert running.process.stderr is not None
+        assert "rank 1 was killed by SIGKILL; its log is under" in running.process.stderr.read().decode()
+
+
+def test_sigterm_ends_all_ranks(folder: Path, start: Start, reference: Any, tmp_path: Path) -> None:
+    with start(folder, "--pipeline", 2, "--dtype", "fp32") as running, client(running) as ask:
+        answer = ask.completions.create(**greedy("small-run", 12)).choices[0].text
+        assert answer == expected(folder / "hf", reference, 12)
+        (rank,) = running.ranks().values()
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(timeout=30) == 0
+        assert running.process.stderr is not None
+        assert running.process.stderr.read() == b""
+        rank.wait(timeout=20)
+        assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_what_cannot_be_divided_is_refused_before_anything_starts(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"serve\.layout\.tensor: 3 does not divide heads \(4\): .* 2 or 4"):
+        open_model(folder, own_process=True, tensor=3)
+    with pytest.raises(ConfigError, match=r"serve\.layout\.pipeline: 3 pipeline stages .* the model has 2"):
+        open_model(folder, own_process=True, pipeline=3)
+    with pytest.raises(ConfigError, match=r"serve\.follow: .* is not of a run"):
+        open_model(Path(shutil.copytree(folder / "hf", tmp_path / "model")), own_process=True, follow=True)

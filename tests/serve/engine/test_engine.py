@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from muster.model.transformer import Transformer
+from muster.serve.engine.core import Core
+from muster.serve.engine.network import TransformerNetwork
 from muster.serve.engine.speculation import Asked, Gain
 from muster.serve.engine.thread import ThreadEngine
 from muster.serve.protocol import EngineError, Guide, Overloaded, Request, SamplingParams, Token
@@ -361,3 +363,46 @@ def test_a_wrong_guess_does_no_harm(make_model: Any, make_core: Any, reference: 
             found += [item for _, item in core.step().items]
     assert ids(found) == expected
     assert core.stats().steps == 31, "one of them for nothing"
+
+
+def test_new_weights_go_on_from_what_has_been_said(
+    model: Transformer, make_model: Callable[..., Transformer], make_core: Callable[..., Core]
+) -> None:
+    """Sequences that run go on as if the new weights had been given what they have so far; nothing cached is kept."""
+    newer = make_model(spread=6.0)
+    prompts = [[1, 2, 3], list(range(30)), list(range(33)), [7] * 20]
+    core = make_core(model, streams=3)
+
+    def go(core: Core, requests: Sequence[Request], steps: int | None = None) -> list[list[int]]:
+        found: dict[str, list[int]] = {one.id: [] for one in requests}
+        with torch.inference_mode():
+            while core.busy and steps != 0:
+                for id, item in core.step().items:
+                    assert isinstance(item, Token)
+                    found[id].append(item.id)
+                steps = None if steps is None else steps - 1
+        return list(found.values())
+
+    requests = [request(prompt, max_tokens=20) for prompt in prompts]
+    for one in requests:
+        core.add(one)
+    before = go(core, requests, 6)
+    core.renew(TransformerNetwork.of(newer, "fp32")[0], salt="newer", weights_step=9)
+    assert core.stats().used_blocks == 0
+    after = go(core, requests)
+    assert (core.stats().weights_step, core.stats().used_blocks) == (9, 0)
+    assert [len(tokens) for tokens in before] == [6, 6, 0, 6], "one still waits"
+    fresh = make_core(newer, streams=3)
+    going_on = [
+        request([*prompt, *tokens], max_tokens=20 - len(tokens))
+        for prompt, tokens in zip(prompts, before, strict=True)
+    ]
+    for one in going_on:
+        fresh.add(one)
+    assert after == go(fresh, going_on)
+    again = [request(prompt, max_tokens=20) for prompt in prompts]
+    for one in again:
+        core.add(one)
+    found = go(core, again)
+    assert found[2] == after[2]
+    assert found[0][:6] != before[0]

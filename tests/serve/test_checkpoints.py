@@ -5,6 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,10 @@ from muster.serve.folders import find_source
 from muster.serve.opening import open_model
 from muster.serve.protocol import Engine, Request, SamplingParams, Token
 from tests.conftest import RunRanks
+from tests.serve.processes import Start, client, start
 from tests.toy import tiny, train_here, write_corpus
+
+__all__ = ["start"]
 
 PROMPT = tuple(b"for i in")
 SAVES = {"every": "2 steps", "keep": 9}
@@ -176,3 +184,53 @@ def test_newer_checkpoints_are_taken_up_without_a_failed_request(
     with closing(engine):
         asyncio.run(asyncio.wait_for(follow(), 120))
     assert steps(shelf) == [2, 4, 5, 6]
+
+
+@pytest.mark.long
+def test_a_server_on_two_ranks_follows_a_training(corpus: Path, tmp_path: Path, start: Start) -> None:
+    """Over HTTP, while `muster train` writes checkpoints and deletes old ones: no request fails, versions rise, and
+    in the end the server says what a new one says."""
+    run_file = tmp_path / "tiny.yaml"
+    changes = {
+        "data": {"train": [{"files": f"{corpus}/*.py"}], "held_out": 0.1},
+        "layout": {"shard": 2, "zero": 3},
+        "checkpoint": {"every": "100 steps", "keep": 2},
+        "serve": {"layout": {"tensor": 2}, "follow": True, "streams": 3},
+    }
+    train = tiny()["train"] | {"tokens": 10**6 * 256, "log_every": 100, "eval_every": None}
+    run_file.write_text(json.dumps(tiny(**changes, train=train)))
+    command = [sys.executable, "-m", "muster", "train", str(run_file), "--runs", str(tmp_path / "runs")]
+    run = tmp_path / "runs" / "tiny"
+    with (tmp_path / "train.log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as job:
+        try:
+            wait_for(lambda: steps(run / "checkpoints"))
+            with start(run, "--dtype", "fp32") as running, client(running) as ask:
+                answers, versions, last = 0, [], -1
+                while len(versions) < 5 or job.poll() is None or versions[-1] != last:
+                    ask.completions.create(model="tiny", prompt=list(PROMPT), max_tokens=20)
+                    answers += 1
+                    version = ask.models.list().data[0].step  # type: ignore[attr-defined]
+                    if not versions or versions[-1] != version:
+                        versions.append(version)
+                    if len(versions) == 5 and job.poll() is None:
+                        job.send_signal(signal.SIGTERM)
+                        assert job.wait(timeout=60) == 75
+                        last = steps(run / "checkpoints")[-1]
+                assert versions == sorted(versions)
+                assert answers > 20
+                made = ask.completions.create(
+                    model="tiny", prompt=list(PROMPT), temperature=0, max_tokens=12, logprobs=0
+                )
+        finally:
+            job.kill()
+    ids, logprobs = asyncio.run(fresh(folder_of(run / "checkpoints", last)))
+    assert made.choices[0].logprobs is not None
+    assert made.choices[0].logprobs.token_logprobs == logprobs
+    assert len(ids) == 12
+
+
+def wait_for(reached: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

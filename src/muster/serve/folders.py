@@ -50,6 +50,11 @@ def find_source(path: Path, on_damaged: Callable[[str], None] = lambda _: None) 
     )
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether weights are there; of a checkpoint that is deleted the manifest goes first."""
+    return any((folder / name).is_file() for name in ("config.json", manifest.NAME))
+
+
 def serve_section(folder: Path) -> Serve:
     """The `serve` section of the run that a folder is, or that it is the export of; else the defaults."""
     folder = folder.resolve()

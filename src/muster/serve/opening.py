@@ -78,6 +78,8 @@ class Setup:
     tensor: int = 1
     pipeline: int = 1
     """Ranks that the model is divided over."""
+    blocks: int = 0
+    """Of the key-value cache; 0 for as many as there is room for when it is made."""
     step: int = 0
     """Training steps behind the weights; 0 where unknown."""
     follow: str | None = None
@@ -130,6 +132,8 @@ def open_model(
         step=source.step,
         follow=str(source.run) if follow else None,
     )
+    # Ranks that share a kv head keep a copy each.
+    setup = replace(setup, blocks=count_blocks(replace(spec, kv_heads=max(spec.kv_heads, tensor)), setup))
     return Opened(
         model_id=source.name,
         engine=_start(setup, own_process),
@@ -179,9 +183,8 @@ def _refuse(spec: TransformerSpec, source: Source, tensor: int, pipeline: int, f
 
 def build_core(setup: Setup) -> Core:
     """Load the weights and make room for keys and values, in this process."""
-    folder, blocks = Path(setup.folder), count_blocks(setup)
-    network = load_network(folder, setup.dtype)
-    return core_of(setup, network, network.new_cache(blocks, BLOCK_TOKENS))
+    network = load_network(Path(setup.folder), setup.dtype)
+    return core_of(setup, network, network.new_cache(setup.blocks, BLOCK_TOKENS))
 
 
 def core_of(setup: Setup, network: Network, cache: PagedCache) -> Core:
@@ -218,17 +221,13 @@ def _model_drafter(folder: Path, setup: Setup) -> ModelDrafter:
             f"the draft model {folder} has a context of {spec.context} tokens, fewer than the {setup.context_tokens} "
             f"that are served: use --context {spec.context}"
         )
-    network, blocks = load_network(folder, setup.dtype), count_blocks(setup, folder)
-    cache = network.new_cache(blocks, BLOCK_TOKENS)
+    cache = (network := load_network(folder, setup.dtype)).new_cache(count_blocks(spec, setup), BLOCK_TOKENS)
     return ModelDrafter(network, cache, vocab=setup.vocab, step_tokens=STEP_TOKENS)
 
 
-def count_blocks(setup: Setup, folder: Path | None = None) -> int:
-    """Blocks of the cache of the model that is served, or of another one in `folder`."""
+def count_blocks(spec: TransformerSpec, setup: Setup) -> int:
+    """Blocks of a model's cache that there is room for now."""
     free_bytes = psutil.virtual_memory().available
-    spec = read_spec(folder or Path(setup.folder))
-    if folder is None and spec.kv_heads < setup.tensor:  # ranks that share a head each keep a copy
-        spec = replace(spec, kv_heads=setup.tensor)
     return cache_blocks(spec, compute_dtype(setup.dtype), setup.streams, setup.context_tokens, free_bytes)
 
 

@@ -25,12 +25,21 @@ from muster.errors import MusterError
 from muster.parallel.world import join
 from muster.resilience.budget import Failure
 from muster.serve.crossing import Inbox
-from muster.serve.engine.batch import Network, PagedCache
+from muster.serve.engine.batch import Network
 from muster.serve.engine.core import Outcome
 from muster.serve.engine.network import TransformerNetwork
 from muster.serve.engine.others import Others
 from muster.serve.engine.part import Part
-from muster.serve.engine.ranks import STEP_S, Grid, Load, Orders, ParallelNetwork, follow
+from muster.serve.engine.ranks import (
+    STEP_S,
+    Grid,
+    Load,
+    Orders,
+    ParallelNetwork,
+    follow,
+    load_if_there,
+    load_together,
+)
 from muster.serve.engine.thread import drive
 from muster.serve.engine.wire import Wire, from_outcome, to_request
 from muster.serve.folders import find_source
@@ -55,25 +64,25 @@ def main(fd: int) -> None:
     torch.set_num_threads(setup.threads)
     with ExitStack() as stack:
         try:
-            _serve(_still_there(setup), inbox, end, stack)
+            _serve(setup, inbox, end, stack)
         except Exception as error:
             end.by(error)
 
 
 def _serve(setup: Setup, inbox: Inbox, end: _End, stack: ExitStack) -> None:
-    parallel: ParallelNetwork | None = None
-    blocks = count_blocks(setup)
+    orders: Orders | None = None
     if setup.ranks > 1:
-        told = json.dumps({"setup": asdict(setup), "blocks": blocks})
-        end.others = Others(told, setup.ranks, setup.threads, end.by_failure)
+        end.others = Others(json.dumps(asdict(setup)), setup.ranks, setup.threads, end.by_failure)
         stack.enter_context(join(STEP_S, on_cpu=True))
         grid, orders, load = _place(setup)
-        own, cache = _loaded(setup, load, blocks)
-        orders.agree(True)  # who is late now has loaded more slowly
-        network: Network = (parallel := ParallelNetwork(own, grid, orders))
     else:
         load = _load(setup)
-        network, cache = _loaded(setup, load, blocks)
+    setup, own = _loaded(setup, load, orders)
+    cache = own.new_cache(setup.blocks or count_blocks(own.part.whole, setup), BLOCK_TOKENS)
+    parallel: ParallelNetwork | None = None
+    network: Network = own
+    if orders is not None:
+        network = parallel = ParallelNetwork(own, grid, orders)
     core = core_of(setup, network, cache)
     end.wire.send({"ready": True, "stats": core.stats()})
     end.ready = True
@@ -90,14 +99,14 @@ def _serve(setup: Setup, inbox: Inbox, end: _End, stack: ExitStack) -> None:
 
 
 def run_rank(told: str) -> None:
-    """A rank other than the first: follows until the first one ends. `told` is what that has said about the model."""
-    plain = json.loads(told)
-    setup = Setup(**plain["setup"])
+    """A rank other than the first: follows until the first one ends. `told` is the setup that it has been given."""
+    setup = Setup(**json.loads(told))
     with join(STEP_S, on_cpu=True):
         grid, orders, load = _place(setup)
-        own, cache = _loaded(setup, load, plain["blocks"])
-        orders.agree(True)
-        follow(own, cache, grid, orders, load)
+        own: TransformerNetwork | None = None
+        while own is None:
+            own = load_together(orders, load, may_go=setup.follow is not None)
+        follow(own, own.new_cache(setup.blocks, BLOCK_TOKENS), grid, orders, load)
 
 
 def _place(setup: Setup) -> tuple[Grid, Orders, Load]:
@@ -119,17 +128,21 @@ def _load(setup: Setup, grid: Grid | None = None) -> Load:
     return load
 
 
-def _loaded(setup: Setup, load: Load, blocks: int) -> tuple[TransformerNetwork, PagedCache]:
-    network = load(setup.folder)
-    return network, network.new_cache(blocks, BLOCK_TOKENS)
+def _loaded(setup: Setup, load: Load, orders: Orders | None) -> tuple[Setup, TransformerNetwork]:
+    """What is served in the end, and this rank's part of it.
 
-
-def _still_there(setup: Setup) -> Setup:
-    """With the newest checkpoint where the one that the server began with has been deleted meanwhile."""
-    if setup.follow is None or Path(setup.folder).exists():
-        return setup
-    source = find_source(Path(setup.follow))
-    return replace(setup, folder=str(source.weights), tokenizer=str(source.tokenizer), step=source.step)
+    That is the newest checkpoint where the one that the server began with is deleted by the training it follows.
+    """
+    while True:
+        folder, may_go = setup.folder, setup.follow is not None
+        if orders is None:
+            network = load_if_there(load, folder, may_go=may_go)
+        else:
+            network = load_together(orders, load, folder, may_go=may_go)
+        if network is not None:
+            return setup, network
+        source = find_source(Path(setup.follow or folder))
+        setup = replace(setup, folder=str(source.weights), tokenizer=str(source.tokenizer), step=source.step)
 
 
 class _End:

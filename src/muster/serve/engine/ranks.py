@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from enum import IntEnum
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from muster.parallel import vocabulary
 from muster.serve.engine.batch import Batch, NetworkLost, PagedCache, carry_out
 from muster.serve.engine.blocks import Chore, Copy, Wipe
 from muster.serve.engine.network import TransformerNetwork
+from muster.serve.folders import is_whole
 
 _LOG = logging.getLogger(__name__)
 
@@ -132,6 +134,31 @@ class Orders:
         return not others.item()
 
 
+def load_together(
+    orders: Orders, load: Load, folder: str | None = None, *, may_go: bool
+) -> TransformerNetwork | None:
+    """Every rank's part of the model in the folder that the first rank says; None on all where it is gone.
+
+    It is an order, so that all read the same where a training that goes on deletes its old checkpoints (`may_go`).
+    """
+    if folder is not None:
+        orders.give(Kind.LOAD, _letters(folder))
+    else:
+        folder = _word(orders.take()[1][0])
+    network = load_if_there(load, folder, may_go=may_go)
+    return network if orders.agree(network is not None) else None
+
+
+def load_if_there(load: Load, folder: str, *, may_go: bool) -> TransformerNetwork | None:
+    """None for a folder that is deleted before it has been read, if it `may_go`."""
+    try:
+        return load(folder)
+    except Exception:
+        if not may_go or is_whole(Path(folder)):
+            raise
+        return None
+
+
 class Loading:
     """Another network on its way, on a thread."""
 
@@ -177,7 +204,7 @@ class ParallelNetwork:
 
     def load(self, folder: str) -> None:
         """Have the other ranks begin to load what is in a folder."""
-        self._orders.give(Kind.LOAD, torch.tensor(list(folder.encode()), dtype=torch.int64))
+        self._orders.give(Kind.LOAD, _letters(folder))
 
     def renew(self, network: TransformerNetwork | None) -> bool:
         """All ranks take what they have loaded, this one `network`; False where one of them has nothing."""
@@ -200,7 +227,7 @@ def follow(network: TransformerNetwork, cache: PagedCache, grid: Grid, orders: O
         if kind == Kind.END:
             return
         if kind == Kind.LOAD:
-            loading = Loading(load, bytes(arrays[0].tolist()).decode())
+            loading = Loading(load, _word(arrays[0]))
         elif kind == Kind.TAKE:
             fresh = None if loading is None else loading.result()
             if orders.agree(fresh is not None) and fresh is not None:
@@ -209,6 +236,14 @@ def follow(network: TransformerNetwork, cache: PagedCache, grid: Grid, orders: O
         else:
             carry_out(_chores(arrays[0]), cache)
             grid.compute(network, _batch(arrays[1:]), cache)
+
+
+def _letters(word: str) -> Tensor:
+    return torch.tensor(list(word.encode()), dtype=torch.int64)
+
+
+def _word(letters: Tensor) -> str:
+    return bytes(letters.tolist()).decode()
 
 
 def _arrays(batch: Batch) -> tuple[Tensor, ...]:

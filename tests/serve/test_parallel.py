@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 import signal
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from muster.errors import ConfigError
 from muster.model.folder import load_folder
 from muster.serve.codec import TextCodec
+from muster.serve.engine.process import ProcessEngine
 from muster.serve.opening import open_model
+from muster.serve.protocol import Request, SamplingParams
 from tests.serve.processes import Start, client, start
 
 __all__ = ["start"]
@@ -47,6 +51,7 @@ def test_a_rank_that_is_killed_ends_the_server_with_its_name(
         assert "rank 1 was killed by SIGKILL; its log is under" in running.process.stderr.read().decode()
 
 
+@pytest.mark.long
 def test_sigterm_ends_all_ranks(folder: Path, start: Start, reference: Any, tmp_path: Path) -> None:
     with start(folder, "--pipeline", 2, "--dtype", "fp32") as running, client(running) as ask:
         answer = ask.completions.create(**greedy("small-run", 12)).choices[0].text
@@ -58,6 +63,24 @@ def test_sigterm_ends_all_ranks(folder: Path, start: Start, reference: Any, tmp_
         assert running.process.stderr.read() == b""
         rank.wait(timeout=20)
         assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_closing_an_engine_ends_all_ranks(folder: Path, reference: Any) -> None:
+    opened = open_model(folder, dtype="fp32", own_process=True, pipeline=2)
+    engine = opened.engine
+    assert isinstance(engine, ProcessEngine)
+    family = psutil.Process(engine.pid).children(recursive=True)
+    assert {"rank-1"} <= {one.name() for one in family}
+
+    async def answer() -> list[int]:
+        params = SamplingParams(max_tokens=12, temperature=0.0)
+        return [token.id async for token in engine.submit(Request(id="a", prompt=(1, 2, 3), params=params))]
+
+    try:
+        assert asyncio.run(answer()) == reference(load_folder(folder / "hf"), [1, 2, 3], 12)
+    finally:
+        engine.close()
+    assert not psutil.wait_procs(family, timeout=20)[1]
 
 
 def test_what_cannot_be_divided_is_refused_before_anything_starts(folder: Path, tmp_path: Path) -> None:

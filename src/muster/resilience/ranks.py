@@ -61,13 +61,16 @@ class Forks(Protocol):
 
 
 class Zygote:
-    """The process that forks ranks; one serves all sets of an agent. Loads torch in the background from the start."""
+    """The process that forks ranks; one serves all sets of an agent. Loads torch in the background from the start.
 
-    def __init__(self) -> None:
+    `preloaded` are the modules that it loads for its ranks, in place of those that train.
+    """
+
+    def __init__(self, preloaded: Sequence[str] = ()) -> None:
         self._socket, there = socket.socketpair()
         with there:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "muster.resilience.zygote", str(there.fileno())],
+                [sys.executable, "-m", "muster.resilience.zygote", str(there.fileno()), *preloaded],
                 pass_fds=[there.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a terminal's ^C is for the agent, which passes it on

@@ -1,6 +1,7 @@
 """A process that has torch loaded and forks ranks when told to: a restart costs hundredths of a second, not seconds.
 
-The agent runs it as `python -m muster.resilience.zygote FD`, where FD is its end of a socket pair. Requests and
+The agent runs it as `python -m muster.resilience.zygote FD [MODULE...]`, where FD is its end of a socket pair and the
+modules are loaded for the ranks (those that train, if none is named). Requests and
 answers are JSON objects, one a line: {"start": id, "argv", "env", "log"}, {"signal": pid, "number"};
 {"started": id, "pid"}, {"ended": pid, "code"}. A rank forked here is a process of its own: with the environment, the
 output and the signals that it would have as `python -m muster *argv`. When the agent ends, so does this, and so do the
@@ -18,6 +19,7 @@ import selectors
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from muster.resilience.lifeline import die_with_parent, name_process
@@ -31,10 +33,10 @@ _PRELOADED = (
 )
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, preloaded: Sequence[str]) -> None:
     die_with_parent(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in _PRELOADED:
+    for name in preloaded or _PRELOADED:
         importlib.import_module(name)
     with socket.socket(fileno=descriptor) as agent:
         _serve(agent)
@@ -134,4 +136,4 @@ def _become_rank(request: dict[str, Any], *inherited: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from muster.checkpoint import manifest, shelf
-from muster.config.load import load_resolved
-from muster.config.schema import Serve
 from muster.errors import CheckpointError, UsageError
 from muster.serve.template import read_json
+
+if TYPE_CHECKING:
+    from muster.config.schema import Serve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +59,9 @@ def is_whole(folder: Path) -> bool:
 
 def serve_section(folder: Path) -> Serve:
     """The `serve` section of the run that a folder is, or that it is the export of; else the defaults."""
+    from muster.config.load import load_resolved  # not needed where the engine runs
+    from muster.config.schema import Serve
+
     folder = folder.resolve()
     run = folder if _is_run(folder) else folder.parent
     plain = read_json(run / "run.json").get("run")

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from muster.checkpoint import manifest
-from muster.checkpoint.state import open_shards
 from muster.model import folder as hf
 from muster.model.spec import TransformerSpec
 from muster.model.transformer import Value
@@ -28,7 +27,11 @@ def read_spec(folder: Path) -> TransformerSpec:
 
 def open_weights(folder: Path) -> Value:
     """Reads parameters of the model in a folder one at a time, whole, in fp32."""
-    return open_shards(folder) if _is_checkpoint(folder) else hf.open_weights(folder)
+    if not _is_checkpoint(folder):
+        return hf.open_weights(folder)
+    from muster.checkpoint.state import open_shards  # a second of imports, for checkpoints alone
+
+    return open_shards(folder)
 
 
 def load_network(

@@ -17,18 +17,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from muster.errors import MusterError
 from muster.parallel.world import join
-from muster.resilience.budget import Failure
 from muster.serve.crossing import Inbox
 from muster.serve.engine.batch import Network
 from muster.serve.engine.core import Outcome
 from muster.serve.engine.network import TransformerNetwork
-from muster.serve.engine.others import Others
 from muster.serve.engine.part import Part
 from muster.serve.engine.ranks import (
     STEP_S,
@@ -46,6 +44,10 @@ from muster.serve.folders import find_source
 from muster.serve.follow import Follower
 from muster.serve.opening import BLOCK_TOKENS, Setup, core_of, count_blocks
 from muster.serve.weights import load_network, read_spec
+
+if TYPE_CHECKING:
+    from muster.resilience.budget import Failure
+    from muster.serve.engine.others import Others
 
 _LOG = logging.getLogger(__name__)
 _KINDS = {2: "UsageError", 3: "DoesNotFit"}
@@ -72,6 +74,8 @@ def main(fd: int) -> None:
 def _serve(setup: Setup, inbox: Inbox, end: _End, stack: ExitStack) -> None:
     orders: Orders | None = None
     if setup.ranks > 1:
+        from muster.serve.engine.others import Others  # what it imports is of use to several ranks only
+
         end.others = Others(json.dumps(asdict(setup)), setup.ranks, setup.threads, end.by_failure)
         stack.enter_context(join(STEP_S, on_cpu=True))
         grid, orders, load = _place(setup)

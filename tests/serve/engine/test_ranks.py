@@ -64,12 +64,15 @@ def check(case: Case, run_ranks: RunRanks, tensor: int, pipeline: int, ways: lis
         assert (preemptions > 0) == (way == "preemption")
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
-def test_greedy_tokens_of_two_ranks_are_those_of_transformers(
-    case: Case, run_ranks: RunRanks, tensor: int, pipeline: int
-) -> None:
+def test_greedy_tokens_of_two_tensor_ranks_are_those_of_transformers(case: Case, run_ranks: RunRanks) -> None:
     """With few blocks, so that prompts come in chunks, share what they begin with, and are preempted."""
-    check(case, run_ranks, tensor, pipeline, ["preemption"])
+    check(case, run_ranks, 2, 1, ["preemption"])
+
+
+@pytest.mark.parametrize("case", ["qwen2", "gpt2"], indirect=True)
+def test_greedy_tokens_of_two_stages_are_those_of_transformers(case: Case, run_ranks: RunRanks) -> None:
+    """A table that both stages hold, and one of positions that the first one does."""
+    check(case, run_ranks, 1, 2, ["preemption"])
 
 
 @pytest.mark.long

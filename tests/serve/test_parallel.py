@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import shutil
 import signal
@@ -10,15 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import psutil
 import pytest
 
 from muster.errors import ConfigError
 from muster.model.folder import load_folder
 from muster.serve.codec import TextCodec
-from muster.serve.engine.process import ProcessEngine
 from muster.serve.opening import open_model
-from muster.serve.protocol import Request, SamplingParams
 from tests.serve.processes import Start, client, start
 
 __all__ = ["start"]
@@ -63,24 +59,6 @@ def test_sigterm_ends_all_ranks(folder: Path, start: Start, reference: Any, tmp_
         assert running.process.stderr.read() == b""
         rank.wait(timeout=20)
         assert not list((tmp_path / "temporary").iterdir())
-
-
-def test_closing_an_engine_ends_all_ranks(folder: Path, reference: Any) -> None:
-    opened = open_model(folder, dtype="fp32", own_process=True, pipeline=2)
-    engine = opened.engine
-    assert isinstance(engine, ProcessEngine)
-    family = psutil.Process(engine.pid).children(recursive=True)
-    assert {"rank-1"} <= {one.name() for one in family}
-
-    async def answer() -> list[int]:
-        params = SamplingParams(max_tokens=12, temperature=0.0)
-        return [token.id async for token in engine.submit(Request(id="a", prompt=(1, 2, 3), params=params))]
-
-    try:
-        assert asyncio.run(answer()) == reference(load_folder(folder / "hf"), [1, 2, 3], 12)
-    finally:
-        engine.close()
-    assert not psutil.wait_procs(family, timeout=20)[1]
 
 
 def test_what_cannot_be_divided_is_refused_before_anything_starts(folder: Path, tmp_path: Path) -> None:

@@ -261,11 +261,13 @@ def figures(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def _rate(answer: Answer, from_s: float, to_s: float) -> float:
-    """Tokens/s of an answer between two times. What one step generates arrives piece by piece, so half a step of
-    grace at both ends keeps the same number of steps for every answer."""
-    step_s = (answer.arrived_s[-1] - answer.arrived_s[0]) / max(len(answer.arrived_s) - 1, 1)
-    inside = [at for at in answer.arrived_s if from_s - step_s / 2 <= at <= to_s + step_s / 2]
+    """Tokens/s of an answer between two times, or of all of it where that is too short. What one step generates
+    arrives piece by piece: half a step of grace at both ends keeps the same number of steps for every answer."""
+    arrived_s = answer.arrived_s
+    step_s = (arrived_s[-1] - arrived_s[0]) / max(len(arrived_s) - 1, 1)
+    inside = [at for at in arrived_s if from_s - step_s / 2 <= at <= to_s + step_s / 2]
     if len(inside) < 2:
-        raise Failed("the answers were hardly generated at the same time: ask for more tokens")
-    share = answer.output_tokens / len(answer.arrived_s)
-    return share * (len(inside) - 1) / (inside[-1] - inside[0])
+        inside = list(arrived_s)
+    if len(inside) < 2:
+        raise Failed(f"{answer.output_tokens} tokens came in one piece: ask for more")
+    return answer.output_tokens / len(arrived_s) * (len(inside) - 1) / (inside[-1] - inside[0])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,40 @@ class LlamaCpp:
         return found[0]
 
     def convert(self, model: Path, format: str) -> Path:
-        folder = model.parent / self.name
+        return self._converted(model, model.parent / self.name, format)
+
+    def divergences(self, model: Path, text: str, context: int, chunks: int) -> dict[str, float]:
+        """KL of its formats from fp32, in nats, over the later half of each context, by its own tool."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            (folder / "text").write_text(text)
+            exact = folder / "exact"
+
+            def run(file: Path, *more: str) -> str:
+                command = [
+                    str(self.bin / "llama-perplexity"), "-m", str(file), "-f", str(folder / "text"), "-c",
+                    str(context), "-b", str(context), "--chunks", str(chunks), "--kl-divergence-base", str(exact),
+                    *more,
+                ]  # fmt: skip
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                return done.stdout + done.stderr
+
+            run(self._converted(model, folder, "f32"), "-ctk", "f32", "-ctv", "f32", "-fa", "off")
+            found = {}
+            for format in self.formats:
+                said = run(self._converted(model, folder, format), "--kl-divergence")
+                line = next(line for line in said.splitlines() if line.startswith("Mean    KLD"))
+                found[QUANTIZED.get(format, format)] = float(line.split(":")[1].split()[0])
+            return found
+
+    def _converted(self, model: Path, folder: Path, format: str) -> Path:
         folder.mkdir(exist_ok=True)
         wanted = folder / f"{format}.gguf"
         if wanted.exists():
             return wanted
         draft = wanted.with_suffix(".partial")
         if format in QUANTIZED:
-            whole = self.convert(model, "bf16")
+            whole = self._converted(model, folder, "bf16")
             command = [str(self.bin / "llama-quantize"), str(whole), str(draft), QUANTIZED[format]]
             subprocess.run(command, check=True, capture_output=True)
         else:

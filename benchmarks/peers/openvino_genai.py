@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from peers.environment import environment
 from peers.side import Failed, Setting, worker_side
 
@@ -15,6 +18,7 @@ PACKAGES = ("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0")
 WEIGHTS = {"bf16": "fp16", "int8": "int8", "int4": "int4"}
 """What its exporter calls them; on CPUs with bf16, 16-bit weights are computed with in bf16."""
 WORKER = Path(__file__).parent / "workers" / "run_openvino.py"
+LOGITS = WORKER.with_name("logits_openvino.py")
 
 
 class OpenVino:
@@ -33,7 +37,20 @@ class OpenVino:
         self._python = environment(self._home, PACKAGES)
 
     def convert(self, model: Path, format: str) -> Path:
-        wanted = model.parent / self.name / format
+        return self._converted(model, model.parent / self.name / format, format)
+
+    def logits(self, model: Path, format: str, chunks: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(B, T, V) of a converted model for token ids (B, T)."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self._converted(model, Path(scratch) / "model", format)
+            ids, out = Path(scratch) / "ids.npy", Path(scratch) / "logits.npy"
+            np.save(ids, chunks)
+            command = [str(self._python), str(LOGITS), str(folder), str(ids), str(out)]
+            subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": ""})
+            found: NDArray[np.float32] = np.load(out)
+            return found
+
+    def _converted(self, model: Path, wanted: Path, format: str) -> Path:
         if wanted.exists():
             return wanted
         draft = wanted.with_name(f"{format}.partial")

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cells import machine
-from serve_kernels_cpu import BLOCK_TOKENS, new_tokens
-
 from peers.llamacpp import LlamaCpp
 from peers.openvino_genai import OpenVino
+from serve_kernels_cpu import BLOCK_TOKENS, new_tokens
 
 from muster.export.trained import load_trained
 from muster.model.transformer import Transformer

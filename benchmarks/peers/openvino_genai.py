@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from peers.environment import environment
 from peers.side import Failed, Setting, worker_side
 

@@ -28,7 +28,6 @@ from muster.export.trained import load_trained
 from muster.model.transformer import Transformer
 from muster.serve.engine.network import TransformerNetwork
 from muster.serve.engine.packed import pack_model
-from muster.serve.folders import find_folder
 from muster.serve.kernels.ops import choose_kernels
 
 FORMATS = (("fp32", None), ("bf16", None), ("int8", None), ("int4", None), ("int4", "int4"))
@@ -69,7 +68,7 @@ def main() -> None:
         rows.append({"side": "ours", "format": format if head is None else f"{format}/{head}"})
         rows[-1] |= compare(scores, exact, chunks)
         tell(rows[-1])
-    folder = find_folder(arguments.run)[0]
+    folder = arguments.run / "hf"
     if "llama.cpp" in arguments.peers:
         side, chunk_count = LlamaCpp(arguments.home), len(chunks)
         side.install()

@@ -24,7 +24,6 @@ from cells import machine
 from muster.export.trained import load_trained
 from muster.model.folder import read_spec
 from muster.serve.engine.core import Core
-from muster.serve.folders import find_folder
 from muster.serve.opening import Setup, build_core, choose_threads
 from muster.serve.protocol import Request, SamplingParams, Token
 
@@ -45,7 +44,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    folder, _ = find_folder(arguments.model)
+    folder = weights(arguments.model)
     spec = read_spec(folder)
     threads, _ = choose_threads(spec.parameters())
     torch.set_num_threads(threads)
@@ -66,7 +65,7 @@ def main() -> None:
                     context_tokens=spec.context,
                     vocab=spec.vocab,
                     threads=threads,
-                    draft=draft and (draft if draft == "ngram" else str(find_folder(Path(draft))[0])),
+                    draft=draft and (draft if draft == "ngram" else str(weights(Path(draft)))),
                 )
             )
             for draft in (None, arguments.draft)
@@ -85,6 +84,11 @@ def main() -> None:
             "rows": rows,
         }
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def weights(model: Path) -> Path:
+    """The folder in Hugging Face layout of a run, or itself."""
+    return model / "hf" if (model / "hf").is_dir() else model
 
 
 def beginnings(arguments: argparse.Namespace) -> list[tuple[int, ...]]:

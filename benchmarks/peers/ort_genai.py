@@ -14,19 +14,14 @@ from peers.side import Failed, Setting, worker_side
 PACKAGES = (
     "onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "onnx", "onnx-ir", "transformers==5.23.0",
 )  # fmt: skip
-PRECISIONS = {
-    "bf16": ["-p", "bf16"],
-    "int8": ["-p", "int8", "--extra_options", "int4_accuracy_level=4"],
-    "int4": ["-p", "int4", "--extra_options", "int4_accuracy_level=4"],
-}
 WORKER = Path(__file__).parent / "workers" / "run_ort_genai.py"
 
 
 class OrtGenai:
-    """`Generator`, with activations rounded to 8 bits where weights are integers (accuracy level 4)."""
+    """`Generator`, with activations rounded to 8 bits (accuracy level 4); its bf16 is for GPUs."""
 
     name = "ort-genai"
-    formats = ("bf16", "int8", "int4")
+    formats = ("int8", "int4")
     over_http = False
     caches_prefixes = False
 
@@ -45,7 +40,8 @@ class OrtGenai:
         shutil.rmtree(draft, ignore_errors=True)
         command = [
             str(self._python), "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(draft),
-            "-e", "cpu", "-c", str(draft / "cache"), *PRECISIONS[format],
+            "-e", "cpu", "-c", str(draft / "cache"), "-p", format,
+            "--extra_options", "accuracy_level=4",
         ]  # fmt: skip
         done = subprocess.run(
             command,

@@ -135,18 +135,28 @@ def _answer(outcome: Outcome, sent: Sent) -> Answer:
 def http_side(
     command: Sequence[str], port: int, log: Path, more: Mapping[str, str] | None = None
 ) -> Iterator[HttpRunning]:
-    """A server's process, from its start until it answers /health, ended with the context."""
+    """A server's process, from its start until it says that it is ready, ended with the context."""
     url = f"http://127.0.0.1:{port}"
     with _process(command, log, more, piped=False) as (process, begun_s):
-        while True:
+        while not _is_ready(url):
             if process.poll() is not None or time.perf_counter() - begun_s > START_S:
                 raise Failed(f"{command[0]} did not start: see {log}")
-            try:
-                with urllib.request.urlopen(f"{url}/health", timeout=START_S):
-                    break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.01)
+            time.sleep(0.01)
         yield HttpRunning(url, time.perf_counter() - begun_s, process.pid)
+
+
+def _is_ready(url: str) -> bool:
+    """Asks for readiness where a server tells it apart from being alive."""
+    for path in ("/health/ready", "/health"):
+        try:
+            with urllib.request.urlopen(url + path, timeout=START_S):
+                return True
+        except urllib.error.HTTPError as refusal:
+            if refusal.code != 404:
+                return False
+        except (urllib.error.URLError, OSError):
+            return False
+    return False
 
 
 @dataclass(slots=True)

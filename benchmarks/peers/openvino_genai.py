@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -35,7 +36,8 @@ class OpenVino:
         self._python = self._home / "bin" / "python"
 
     def install(self) -> None:
-        self._python = environment(self._home, PACKAGES)
+        # The index's torchvision is for another build of torch, and transformers fails on it.
+        self._python = environment(self._home, PACKAGES, without=["torchvision"])
 
     def convert(self, model: Path, format: str) -> Path:
         return self._converted(model, model.parent / self.name / format, format)
@@ -60,6 +62,9 @@ class OpenVino:
             str(self._python), "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", str(model),
             "--task", "text-generation-with-past", "--weight-format", WEIGHTS[format], str(draft),
         ]  # fmt: skip
+        config = json.loads((model / "config.json").read_text())
+        if format == "int4" and (config["hidden_size"] % 128 or config["intermediate_size"] % 128):
+            command += ["--group-size", "64"]  # its own choice, 128, has to divide them
         done = subprocess.run(
             command,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},

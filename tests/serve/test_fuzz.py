@@ -20,7 +20,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import not_a_server_error
-from schemathesis.openapi.checks import (
+from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_schema_conformance,
     status_code_conformance,
@@ -116,9 +116,9 @@ def mutated(chance: random.Random, path: str, values: list[Any]) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def fuzzed(serving: Any, model: Any) -> Iterator[Any]:
-    limits = {"header_s": 0.5, "body_s": 0.5, "header_bytes": 8192, "body_bytes": 200_000}
-    with serving(model, template=JinjaTemplate(TEMPLATE, {}), **limits) as served:
+def fuzzed(serving: Any, make_model: Any) -> Iterator[Any]:
+    limits = {"header_s": 0.5, "body_s": 0.5, "header_bytes": 8192, "body_bytes": 200_000, "choices": 8}
+    with serving(make_model(context=40), template=JinjaTemplate(TEMPLATE, {}), **limits) as served:
         yield served
 
 
@@ -166,9 +166,9 @@ def post_all(fuzzed: Any, seed: int, count: int, check: Callable[[], None]) -> C
 
 
 def test_bodies_of_any_kind(fuzzed: Any, unchanged: Callable[[], None]) -> None:
-    statuses = post_all(fuzzed, 1, 800, unchanged)
-    assert statuses[200] > 50
-    assert statuses[400] > 200
+    statuses = post_all(fuzzed, 1, 400, unchanged)
+    assert statuses[200] > 20
+    assert statuses[400] > 100
 
 
 @pytest.mark.long
@@ -215,8 +215,11 @@ async def send_raw(fuzzed: Any, chance: random.Random, count: int, at_once: int)
             reader, writer = await asyncio.open_connection(*fuzzed.address)
             with contextlib.suppress(ConnectionError):
                 writer.write(data)
-                async with asyncio.timeout(60):
-                    said = await reader.read()
+                said, patience_s = b"", 60.0
+                with contextlib.suppress(TimeoutError):
+                    while more := await asyncio.wait_for(reader.read(1 << 16), patience_s):
+                        said, patience_s = said + more, 0.7  # it may be kept open for a next request
+                assert said or patience_s == 60.0
                 assert not said.startswith(b"HTTP/1.1 5"), (data, said)
                 assert b"\r\nHTTP/1.1 5" not in said, (data, said)
                 statuses[said[9:12]] += 1
@@ -287,7 +290,7 @@ def conforms(fuzzed: Any, examples: int, *, repeatable: bool) -> int:
 
 
 def test_the_openapi_document_is_true(fuzzed: Any, unchanged: Callable[[], None]) -> None:
-    assert conforms(fuzzed, 12, repeatable=True) > 100
+    assert conforms(fuzzed, 5, repeatable=True) > 40
 
 
 @pytest.mark.long

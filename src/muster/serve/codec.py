@@ -52,7 +52,8 @@ class TextCodec:
             special = self.specials.get(part)
             ids += self.tokenizer.encode(part.replace(_SHIELD, "")) if special is None else [special]
         begun = self.begin and tuple(ids[: len(self.begin)]) == self.begin  # by the template itself
-        return tuple(ids) if begun else self.begin + tuple(ids)
+        whole = tuple(ids) if begun else self.begin + tuple(ids)
+        return whole or (self.tokenizer.bos_id,)  # a template may write nothing
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)

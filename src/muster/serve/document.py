@@ -38,7 +38,7 @@ _EMBEDDING: Json = {"anyOf": [_TEXT, _list({"type": "number"})]}
 def _answers(schema: Json, *, streams: bool = False, kind: str = "application/json") -> Json:
     content: Json = {kind: {"schema": schema}}
     if streams:
-        content["text/event-stream"] = {"schema": _TEXT}
+        content["text/event-stream"] = {"schema": _object(data=_TEXT)}  # of each event
     failure = {"content": {"application/json": {"schema": _ERROR}}}
     return {
         "responses": {

@@ -115,6 +115,9 @@ class Core:
     def add(self, request: Request) -> None:
         """Queue a request."""
         prompt, params = request.prompt, request.params
+        if not prompt:
+            self._outcome.items.append((request.id, EngineError("a prompt needs a token to go on from")))
+            return
         if len(prompt) + params.max_tokens > self._context_tokens:
             error = EngineError(
                 f"{len(prompt)} tokens of prompt and {params.max_tokens} to generate exceed the context of "

@@ -22,10 +22,17 @@ def serve(
     tensor: int | None = None,
     pipeline: int | None = None,
     follow: bool = False,
+    max_wait: float = 60.0,
+    keys: Path | None = None,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    requests_per_minute: int | None = None,
+    tokens_per_minute: int | None = None,
+    access_log: Path | None = None,
 ) -> None:
     """Serve a model over HTTP, with the completions and chat API of OpenAI.
 
-    Stops cleanly on Ctrl-C or SIGTERM.
+    Stops cleanly on Ctrl-C or SIGTERM: new requests are refused, and those under way are finished first.
 
     Parameters
     ----------
@@ -33,7 +40,8 @@ def serve(
         A run folder (its newest sound checkpoint is served, or its export where that is as new), a checkpoint, or a
         folder in Hugging Face layout.
     host
-        Address to listen on; loopback only, as there is no authentication yet.
+        Address to listen on. Keys are needed where other machines can reach it. Default: the run file's, else
+        127.0.0.1.
     port
         Port to listen on; 0 takes a free one. Default: the run file's, else 8000.
     streams
@@ -51,6 +59,22 @@ def serve(
         Ranks over which the layers are divided. Default: the run file's serve.layout, else 1.
     follow
         Take up newer checkpoints of the run while serving, without dropping a request.
+    max_wait
+        Seconds that a request may have to wait before it is begun; one that would be likely to wait longer is refused
+        at once, and told when to come again.
+    keys
+        File of API keys, one `key` or `name: key` a line; more in the environment variable MUSTER_KEYS. `trusted` after
+        a key lets its requests have a priority below 0, and name their users.
+    tls_cert
+        Certificate chain in PEM format: serve HTTPS.
+    tls_key
+        Its private key, unless that is in the same file.
+    requests_per_minute
+        Requests that each key may send in a minute. Default: any number.
+    tokens_per_minute
+        Tokens that each key may use in a minute, of prompts and answers. Default: any number.
+    access_log
+        File to append a JSON line to for each request; `-` is standard output. Default: none.
     """
     if (told := os.environ.get("MUSTER_SERVE_RANK")) is not None:  # one of the ranks of an engine
         from muster.resilience.lifeline import reported
@@ -67,9 +91,17 @@ def serve(
         raise UsageError(f"--streams {streams} should be at least 1")
     if context is not None and context < 2:
         raise UsageError(f"--context {context} should be at least 2: a prompt token and a completion token")
+    if not max_wait > 0:
+        raise UsageError(f"--max-wait {max_wait:g} should be more than 0 seconds")
+    for name, rate in (("requests", requests_per_minute), ("tokens", tokens_per_minute)):
+        if rate is not None and rate < 1:
+            raise UsageError(f"--{name}-per-minute {rate} should be at least 1")
     try:
         from muster.serve.engine.process import ProcessEngine
+        from muster.serve.gate import Front
         from muster.serve.http import build_app
+        from muster.serve.keys import read_keys
+        from muster.serve.rates import Rates
         from muster.serve.server import Server, bind, url_of
     except ModuleNotFoundError as error:
         if str(error.name).startswith("muster"):
@@ -78,11 +110,18 @@ def serve(
     from muster.observe.format import count
     from muster.serve.folders import find_source, serve_section
     from muster.serve.limits import Limits
+    from muster.serve.tls import tls_context
+    from muster.serve.visit import open_log
+    from muster.serve.warmup import warm_up
 
     source = find_source(path, on_damaged=_complain)
     section = serve_section(source.run or source.weights)
+    tls = tls_context(tls_cert, tls_key)
+    rates = Rates(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
+    front = Front(keys=read_keys(keys, os.environ), rates=rates)
+    address, number = host or section.host, section.port if port is None else port
     # The port first: a taken one is known before minutes of loading.
-    with bind(host or section.host, section.port if port is None else port) as sock:
+    with open_log(access_log) as front.log, bind(address, number, guarded=bool(front.keys)) as sock:
         from muster.serve.opening import open_model
 
         model = open_model(
@@ -95,9 +134,12 @@ def serve(
             tensor=tensor or section.layout.tensor,
             pipeline=pipeline or section.layout.pipeline,
             follow=follow or section.follow,
+            waiting_s=max_wait,
         )
         limits = Limits(context_tokens=model.context_tokens, request_s=section.timeout)
-        app = build_app(model.engine, model.codec, model.model_id, limits)
+        app = build_app(model.engine, model.codec, model.model_id, limits, front)
+
+        url = url_of(sock, secure=tls is not None)
 
         def announce() -> None:
             facts = (
@@ -110,10 +152,12 @@ def serve(
                 )
             sys.stdout.write(f"threads {model.threads}: {model.threads_reason}\n")
             sys.stdout.write(f"kernels {model.kernels}\n")
-            sys.stdout.write(f"serving {model.model_id} on {url_of(sock)}  ({facts})\n")
+            sys.stdout.write(f"serving {model.model_id} on {url}  ({facts})\n")
             sys.stdout.flush()
 
-        server = Server(app, limits, on_ready=announce)
+        server = Server(
+            app, limits, on_ready=announce, front=front, tls=tls, warm_up=lambda: warm_up(model.engine)
+        )
         engine = model.engine
         if isinstance(engine, ProcessEngine):
             engine.on_end = lambda: setattr(server, "should_exit", True)

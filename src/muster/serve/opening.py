@@ -12,6 +12,7 @@ from muster.errors import ConfigError, DoesNotFit, UsageError
 from muster.model.spec import TransformerSpec
 from muster.parallel.layout import division_problems
 from muster.serve.codec import TextCodec
+from muster.serve.crossing import WAITING_S
 from muster.serve.engine.batch import Network, PagedCache
 from muster.serve.engine.core import Core
 from muster.serve.engine.speculation import Drafter, ModelDrafter, NgramDrafter
@@ -101,6 +102,7 @@ def open_model(
     tensor: int = 1,
     pipeline: int = 1,
     follow: bool = False,
+    waiting_s: float = WAITING_S,
 ) -> Opened:
     """Load a model and start its engine: on a thread of this process, or in its own, and there over several ranks.
 
@@ -136,7 +138,7 @@ def open_model(
     setup = replace(setup, blocks=count_blocks(replace(spec, kv_heads=max(spec.kv_heads, tensor)), setup))
     return Opened(
         model_id=source.name,
-        engine=_start(setup, own_process),
+        engine=_start(setup, own_process, waiting_s),
         codec=codec,
         parameters=spec.parameters(),
         dtype=dtype,
@@ -150,13 +152,14 @@ def open_model(
     )
 
 
-def _start(setup: Setup, own_process: bool) -> Engine:
+def _start(setup: Setup, own_process: bool, waiting_s: float) -> Engine:
     if not own_process:
-        return ThreadEngine(build_core(setup), threads=setup.threads)
+        return ThreadEngine(build_core(setup), waiting_s=waiting_s, threads=setup.threads)
     from muster.serve.engine.process import RESTARTS, ProcessEngine  # what it imports is in the extra
 
     # A rank that has died is the whole engine's end, which says so: whoever keeps servers running starts it again.
-    return ProcessEngine(asdict(setup), restarts=RESTARTS if setup.ranks == 1 else 0)
+    restarts = RESTARTS if setup.ranks == 1 else 0
+    return ProcessEngine(asdict(setup), waiting_s=waiting_s, restarts=restarts)
 
 
 def _draft_folder(path: Path, codec: TextCodec) -> Path:

@@ -80,8 +80,13 @@ class TransformerNetwork:
     @torch.inference_mode()
     def logits(self, batch: Batch, cache: PagedCache) -> Tensor:
         """fp32 logits (W, V) of the wanted rows, after writing the batch's keys and values into the cache."""
+        return self.scored(self.hidden(batch, cache))
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, cache: PagedCache) -> Tensor:
+        """The last hidden states (W, E) of the wanted rows, after the final norm."""
         self.check(batch, cache)
-        return self.scored(batch, *self.hidden(batch, cache, self.embedded(batch)))
+        return self.final(batch, *self.through(batch, cache, self.embedded(batch)))
 
     def check(self, batch: Batch, cache: PagedCache) -> None:
         """Raise IndexError for a batch that does not stay within its cache."""
@@ -100,7 +105,7 @@ class TransformerNetwork:
             x = self._total(rows.masked_fill_(foreign[:, None], 0))
         return x if self._positions is None else x + F.embedding(batch.positions, self._positions)
 
-    def hidden(self, batch: Batch, cache: PagedCache, x: Tensor) -> tuple[Tensor, Tensor]:
+    def through(self, batch: Batch, cache: PagedCache, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, E) through the layers: what comes out of the last one, and what is still to be added to it."""
         rotation = rotation_at(self.spec, batch.positions) if self.spec.positions == "rope" else None
         residual: Tensor | None = None  # added to x by the next norm, which reads both anyhow
@@ -109,12 +114,16 @@ class TransformerNetwork:
         assert residual is not None
         return x, residual
 
-    def scored(self, batch: Batch, x: Tensor, residual: Tensor) -> Tensor:
-        """fp32 logits of the wanted rows, of the tokens that are here."""
+    def final(self, batch: Batch, x: Tensor, residual: Tensor) -> Tensor:
+        """The last hidden states (W, E) of the wanted rows, from what `through` returns."""
         assert self._norm is not None
         if len(batch.wanted) < len(x):
             x, residual = x[batch.wanted], residual[batch.wanted]
-        return self._head(self._norm(x, residual))
+        return self._norm(x, residual)
+
+    def scored(self, hidden: Tensor) -> Tensor:
+        """fp32 logits of last hidden states (W, E), of the tokens that are here."""
+        return self._head(hidden)
 
 
 class _Layer:

@@ -40,12 +40,15 @@ Load = Callable[[str], TransformerNetwork]
 class Kind(IntEnum):
     """What an order asks for."""
 
-    STEP = 0
-    LOAD = 1
+    LOGITS = 0
+    """A step,"""
+    HIDDEN = 1
+    """and one of which the last hidden states are wanted."""
+    LOAD = 2
     """Begin to load other weights, beside the steps that come."""
-    TAKE = 2
+    TAKE = 3
     """Compute with them from now on, if every rank has them."""
-    END = 3
+    END = 4
 
 
 class Grid:
@@ -68,20 +71,38 @@ class Grid:
         return x
 
     @torch.inference_mode()
-    def compute(self, network: TransformerNetwork, batch: Batch, cache: PagedCache) -> Tensor | None:
-        """This rank's part of a step. On the first rank logits (W, V), else None."""
+    def compute(
+        self, network: TransformerNetwork, batch: Batch, cache: PagedCache, kind: Kind
+    ) -> Tensor | None:
+        """This rank's part of a step. On the first rank logits (W, V) or hidden states (W, E), else None."""
         if self.stage == 0:
             x = network.embedded(batch)
         else:
             x = torch.empty(len(batch.tokens), network.spec.width, dtype=network.compute)
             dist.recv(x, self.rank - self.tensor)
-        x, residual = network.hidden(batch, cache, x)
+        x, residual = network.through(batch, cache, x)
         own: Tensor | None = None
         if self.stage < self.pipeline - 1:
             dist.send(x.add_(residual), self.rank + self.tensor)
         elif len(batch.wanted):
-            own = network.scored(batch, x, residual)
-        return self._gathered(own, len(batch.wanted), network.part.whole.vocab)
+            own = network.final(batch, x, residual)
+            if kind == Kind.LOGITS:
+                own = network.scored(own)
+        rows = len(batch.wanted)
+        if kind == Kind.LOGITS:
+            return self._gathered(own, rows, network.part.whole.vocab)
+        return self._sent(own, torch.empty(rows, network.spec.width, dtype=network.compute))
+
+    def _sent(self, own: Tensor | None, room: Tensor) -> Tensor | None:
+        """Hidden states, which all ranks of the last stage have, on the first rank."""
+        source = (self.pipeline - 1) * self.tensor
+        if self.rank == 0 and source and len(room):
+            dist.recv(room, source)
+        elif self.rank == source and own is not None:
+            if source == 0:
+                return own
+            dist.send(own, 0)
+        return None if self.rank else room
 
     def _gathered(self, own: Tensor | None, rows: int, vocab: int) -> Tensor | None:
         """Logits of the last stage's ranks, (W, V) on the first rank."""
@@ -191,16 +212,22 @@ class ParallelNetwork:
         self._chores += chores  # on their way with the step
 
     def logits(self, batch: Batch, cache: PagedCache) -> Tensor:
+        return self._step(Kind.LOGITS, batch, cache)
+
+    def hidden(self, batch: Batch, cache: PagedCache) -> Tensor:
+        return self._step(Kind.HIDDEN, batch, cache)
+
+    def _step(self, kind: Kind, batch: Batch, cache: PagedCache) -> Tensor:
         self._network.check(batch, cache)
         chores, self._chores = self._chores, []
         try:
-            self._orders.give(Kind.STEP, _chore_numbers(chores), *_arrays(batch))
+            self._orders.give(kind, _chore_numbers(chores), *_arrays(batch))
             carry_out(chores, cache)
-            logits = self._grid.compute(self._network, batch, cache)
+            found = self._grid.compute(self._network, batch, cache, kind)
         except Exception as error:
             raise NetworkLost(f"a step over {dist.get_world_size()} ranks failed ({error})") from error
-        assert logits is not None
-        return logits
+        assert found is not None
+        return found
 
     def load(self, folder: str) -> None:
         """Have the other ranks begin to load what is in a folder."""
@@ -235,7 +262,7 @@ def follow(network: TransformerNetwork, cache: PagedCache, grid: Grid, orders: O
             loading = None
         else:
             carry_out(_chores(arrays[0]), cache)
-            grid.compute(network, _batch(arrays[1:]), cache)
+            grid.compute(network, _batch(arrays[1:]), cache, kind)
 
 
 def _letters(word: str) -> Tensor:

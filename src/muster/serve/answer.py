@@ -24,6 +24,7 @@ from muster.serve.failures import describe
 from muster.serve.generation import Generation, Piece
 from muster.serve.intake import Job
 from muster.serve.protocol import Engine
+from muster.serve.relay import LOST, Progress, mark
 from muster.serve.responses import Json, Outcome, usage
 
 _LOG = logging.getLogger(__name__)
@@ -37,19 +38,30 @@ class Answer:
         self._job = job
         self._timeout_s = timeout_s
         prefix = "chatcmpl" if job.object == "chat.completion" else "cmpl"
+        relay = job.relay
         self._head = {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
+            "id": relay.id if relay else f"{prefix}-{uuid.uuid4().hex}",
+            "created": relay.created if relay else int(time.time()),
             "model": model_id,
         }
+        self._before = [relay.of(index) if relay else None for index in range(len(job.requests))]
+        self._outcomes = [Outcome() for _ in job.requests]
         self._generations: list[Generation] = []
+        self._indices: list[int] = []
+        """The choice of each generation."""
         try:
-            for request in job.requests:
-                self._generations.append(Generation(engine, decode, request, job.stop))
+            for index, (request, before) in enumerate(zip(job.requests, self._before, strict=True)):
+                if before is not None and before.finished:
+                    self._outcomes[index].generated_tokens = before.generated
+                    continue
+                delivered = before.characters if before else 0
+                generation = Generation(engine, decode, request, job.stop, delivered)
+                self._outcomes[index].text = generation.delivered
+                self._generations.append(generation)
+                self._indices.append(index)
         except BaseException:
             self.close()
             raise
-        self._outcomes = [Outcome() for _ in self._generations]
 
     def close(self) -> None:
         for generation in self._generations:
@@ -69,24 +81,26 @@ class Answer:
     async def _collect(self) -> None:
         async with asyncio.timeout(self._timeout_s):
             async with aclosing(merge(self._generations)) as pieces:
-                async for index, piece in pieces:
-                    self._extend(index, piece)
+                async for number, piece in pieces:
+                    self._extend(self._indices[number], piece)
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The answer as server-sent events, usage and [DONE] included; a failure becomes an error event."""
-        for index in range(len(self._generations)):
-            opening = self._job.shape.opening(index)
+        for index in self._indices:
+            opening = self._job.shape.opening(index) if self._before[index] is None else None
             if opening is not None:
-                yield self._chunk([opening])
+                yield self._mark(index) + self._chunk([opening])
         try:
             async with aclosing(merge(self._generations)) as pieces:
-                async for index, piece in pieces:
+                async for number, piece in pieces:
+                    index = self._indices[number]
                     offset = len(self._outcomes[index].text)
                     part = self._extend(index, piece)
-                    yield self._chunk([self._job.shape.delta(index, part, offset)])
+                    chunk = self._chunk([self._job.shape.delta(index, part, offset)])
+                    yield self._mark(index, part) + chunk
         except Exception as error:
             _LOG.error("a stream failed", exc_info=error)
-            yield event(describe(error))
+            yield (LOST + b"\n" if self._job.relay else b"") + event(describe(error))
             return
         if self._job.include_usage:
             yield self._chunk([], usage=self._usage())
@@ -99,6 +113,21 @@ class Answer:
         outcome.generated_tokens = piece.generated_tokens
         outcome.finish_reason = piece.finish_reason
         return Outcome(text=piece.text, tokens=list(piece.tokens), finish_reason=piece.finish_reason)
+
+    def _mark(self, index: int, part: Outcome | None = None) -> bytes:
+        """In front of an event, for a router that would have another replica go on from there."""
+        if self._job.relay is None:
+            return b""
+        so_far = self._outcomes[index]
+        return mark(
+            Progress.model_construct(
+                index=index,
+                ids=[token.id for token in part.tokens] if part else [],
+                characters=len(so_far.text),
+                generated=so_far.generated_tokens,
+                finished=so_far.finish_reason is not None,
+            )
+        )
 
     def _chunk(self, choices: Sequence[Json], **more: Any) -> bytes:
         kind = self._job.object

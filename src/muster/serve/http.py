@@ -59,7 +59,7 @@ def build_app(engine: Engine, codec: TextCodec, model_id: str, limits: Limits) -
 
     @app.get("/health")
     async def health() -> Json:
-        return {"status": "ok", "model": model_id}
+        return {"status": "ok", "model": model_id, "relay": True}  # extension: see serve/relay.py
 
     @app.get("/v1/models")
     async def models() -> Json:

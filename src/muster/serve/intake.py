@@ -16,6 +16,7 @@ from muster.serve.codec import TextCodec
 from muster.serve.failures import RequestError
 from muster.serve.limits import Limits
 from muster.serve.protocol import Guide, Request, SamplingParams
+from muster.serve.relay import Relay
 from muster.serve.responses import ChatShape, CompletionShape, Shape
 from muster.serve.schema import ChatRequest, CompletionRequest, SamplingFields
 from muster.serve.template import TemplateRefused
@@ -36,6 +37,7 @@ class Job:
     stream: bool
     include_usage: bool
     prompt_tokens: int
+    relay: Relay | None = None
 
 
 def read_completion(body: CompletionRequest, codec: TextCodec, limits: Limits) -> Job:
@@ -57,6 +59,7 @@ def read_completion(body: CompletionRequest, codec: TextCodec, limits: Limits) -
         stream=bool(body.stream),
         include_usage=body.include_usage,
         prompt_tokens=sum(map(len, prompts)),
+        relay=body.relay,
     )
 
 
@@ -77,6 +80,7 @@ def read_chat(body: ChatRequest, codec: TextCodec, limits: Limits) -> Job:
         stream=bool(body.stream),
         include_usage=body.include_usage,
         prompt_tokens=len(prompt),
+        relay=body.relay,
     )
 
 
@@ -106,7 +110,9 @@ def _requests(
             param="logit_bias",
         )
     guide = _checked_guide(body, codec)
-    requests = []
+    if body.relay is not None and body.relay.choices and not body.stream:
+        raise RequestError(400, "only a stream can be continued; send stream: true", param="relay")
+    requests: list[Request] = []
     for prompt in prompts:
         tokens = _completion_tokens(len(prompt), max_tokens, default_tokens, limits.context_tokens)
         for choice in range(n):
@@ -125,8 +131,27 @@ def _requests(
                 logit_bias=tuple(sorted(bias.items())),
                 guide=guide,
             )
-            requests.append(Request(id=uuid.uuid4().hex, prompt=prompt, params=params))
+            generated = _generated(body.relay, len(requests), params, codec)
+            requests.append(Request(id=uuid.uuid4().hex, prompt=prompt, params=params, generated=generated))
     return requests
+
+
+def _generated(relay: Relay | None, index: int, params: SamplingParams, codec: TextCodec) -> tuple[int, ...]:
+    """Ids of a choice that another replica has delivered."""
+    progress = None if relay is None else relay.of(index)
+    if progress is None or (not progress.ids and not progress.finished):
+        return ()
+    ids = tuple(progress.ids)
+    wrong: str | None = None
+    if ids and max(ids) >= codec.tokenizer.vocab:
+        wrong = f"token id {max(ids)} is outside the vocabulary of {codec.tokenizer.vocab} tokens"
+    elif not progress.finished and len(ids) >= params.max_tokens:
+        wrong = f"{len(ids)} tokens are delivered already, of max_tokens {params.max_tokens}"
+    elif not progress.finished and not params.stop_ids.isdisjoint(ids):
+        wrong = "the end of sequence is delivered already"
+    if wrong is not None:
+        raise RequestError(400, f"choice {index} cannot be continued: {wrong}", param="relay")
+    return ids
 
 
 def _checked_guide(body: SamplingFields, codec: TextCodec) -> Guide | None:

@@ -25,6 +25,7 @@ from pydantic.functional_validators import AfterValidator, WrapValidator
 from pydantic_core import PydanticCustomError
 
 from muster.serve.protocol import Guide
+from muster.serve.relay import Relay
 
 
 def _described(should: str) -> WrapValidator:
@@ -136,6 +137,8 @@ class SamplingFields(_Body):
     guided_json: dict[str, Any] | bool | None = None
     guided_regex: Annotated[Text, Field(max_length=10_000)] | None = None
     guided_choice: Choices | None = None
+    relay: Relay | None = None
+    """Extension, see serve/relay.py: what another replica has delivered of this answer."""
 
     @model_validator(mode="before")
     @classmethod

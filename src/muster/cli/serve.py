@@ -10,7 +10,7 @@ from muster.errors import MissingExtra, MusterError, UsageError
 
 
 def serve(
-    path: Path,
+    path: Path | None = None,
     *,
     host: str | None = None,
     port: int | None = None,
@@ -18,8 +18,11 @@ def serve(
     context: int | None = None,
     dtype: Literal["bf16", "fp32", "int8", "int4"] = "bf16",
     draft: str | None = None,
+    replicas: int | None = None,
+    upstream: list[str] | None = None,
+    policy: Literal["prefix", "tokens", "round-robin"] = "prefix",
 ) -> None:
-    """Serve a model over HTTP, with the completions and chat API of OpenAI.
+    """Serve a model over HTTP, with the completions and chat API of OpenAI; or route to several servers.
 
     Stops cleanly on Ctrl-C or SIGTERM.
 
@@ -40,6 +43,15 @@ def serve(
     draft
         A smaller model with the same tokenizer that guesses ahead, or `ngram` for guesses from the text itself. Used
         while it is measured to be faster; the answers stay the same.
+    replicas
+        Serve so many processes of the model behind a router, which starts a dead one again and lets another finish its
+        answers.
+    upstream
+        Address of a server that runs already, instead of a model: route to it; several times for several. Any
+        OpenAI-compatible kind will do.
+    policy
+        Which replica gets a request: `prefix`, that which knows its prompt's beginning, unless it is too busy;
+        `tokens`, that with the least to do; `round-robin`, each in its turn.
     """
     if streams is not None and streams < 1:
         raise UsageError(f"--streams {streams} should be at least 1")
@@ -53,6 +65,21 @@ def serve(
         if str(error.name).startswith("muster"):
             raise
         raise MissingExtra("muster serve", "serve") from None
+    if replicas is not None or upstream or path is None:
+        from muster.cli.route import route
+
+        given = {"--streams": streams, "--context": context, "--dtype": dtype, "--draft": draft}
+        options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
+        route(
+            path,
+            replicas=replicas,
+            upstream=upstream or (),
+            policy=policy,
+            host=host,
+            port=port,
+            options=options,
+        )
+        return
     from muster.observe.format import count
     from muster.serve.folders import find_folder, serve_section
     from muster.serve.limits import Limits

@@ -1,0 +1,48 @@
+"""`muster serve --replicas` and `--upstream`: one address for many servers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from muster.errors import UsageError
+
+if TYPE_CHECKING:
+    from muster.serve.router.policy import Policy
+
+
+def route(
+    path: Path | None,
+    *,
+    replicas: int | None,
+    upstream: Sequence[str],
+    policy: Policy,
+    host: str | None,
+    port: int | None,
+    options: Sequence[str],
+) -> None:
+    """Run a router over `replicas` of the model at `path`, each started with `options`, or over servers elsewhere."""
+    from muster.serve.folders import find_folder, serve_section
+    from muster.serve.router.run import Local, Router
+    from muster.serve.server import bind
+
+    if upstream and (path is not None or replicas is not None):
+        raise UsageError("--upstream names servers that run already: leave PATH and --replicas out")
+    if replicas is not None and replicas < 1:
+        raise UsageError(f"--replicas {replicas} should be at least 1")
+    if not upstream and path is None:
+        raise UsageError("nothing to serve: give a model's PATH, or servers with --upstream URL")
+    if path is None:
+        section = None
+    else:
+        folder, _ = find_folder(path)
+        section = serve_section(folder)
+    address = host or (section.host if section else "127.0.0.1")
+    number = port if port is not None else (section.port if section else 8000)
+    behind: Local | Sequence[str] = upstream
+    if path is not None:
+        arguments = [str(path), "--host", "127.0.0.1", "--port", "0", *options]
+        behind = Local(replicas=replicas or 1, arguments=arguments)
+    with bind(address, number) as sock:
+        Router(sock, behind, policy).run()

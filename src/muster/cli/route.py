@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from muster.errors import UsageError
+from muster.errors import MissingExtra, UsageError
 
 if TYPE_CHECKING:
     from muster.serve.router.policy import Policy
@@ -23,9 +23,14 @@ def route(
     options: Sequence[str],
 ) -> None:
     """Run a router over `replicas` of the model at `path`, each started with `options`, or over servers elsewhere."""
+    try:
+        from muster.serve.router.run import Local, Router
+        from muster.serve.server import bind
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("muster"):
+            raise
+        raise MissingExtra("muster serve", "serve") from None
     from muster.serve.folders import find_folder, serve_section
-    from muster.serve.router.run import Local, Router
-    from muster.serve.server import bind
 
     if upstream and (path is not None or replicas is not None):
         raise UsageError("--upstream names servers that run already: leave PATH and --replicas out")

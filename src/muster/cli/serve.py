@@ -57,14 +57,6 @@ def serve(
         raise UsageError(f"--streams {streams} should be at least 1")
     if context is not None and context < 2:
         raise UsageError(f"--context {context} should be at least 2: a prompt token and a completion token")
-    try:
-        from muster.serve.engine.process import ProcessEngine
-        from muster.serve.http import build_app
-        from muster.serve.server import Server, bind, url_of
-    except ModuleNotFoundError as error:
-        if str(error.name).startswith("muster"):
-            raise
-        raise MissingExtra("muster serve", "serve") from None
     if replicas is not None or upstream or path is None:
         from muster.cli.route import route
 
@@ -80,6 +72,14 @@ def serve(
             options=options,
         )
         return
+    try:
+        from muster.serve.engine.process import ProcessEngine
+        from muster.serve.http import build_app
+        from muster.serve.server import Server, bind, url_of
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("muster"):
+            raise
+        raise MissingExtra("muster serve", "serve") from None
     from muster.observe.format import count
     from muster.serve.folders import find_folder, serve_section
     from muster.serve.limits import Limits

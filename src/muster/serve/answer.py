@@ -10,15 +10,15 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any
 
-import orjson
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from muster.serve.connection import event, while_connected
 from muster.serve.detokenize import Decode
 from muster.serve.failures import describe
 from muster.serve.generation import Generation, Piece
@@ -28,7 +28,6 @@ from muster.serve.relay import LOST, Progress, mark
 from muster.serve.responses import Json, Outcome, usage
 
 _LOG = logging.getLogger(__name__)
-_Result = TypeVar("_Result")
 
 
 class Answer:
@@ -167,31 +166,6 @@ class StreamedAnswer(Response):
         except TimeoutError as error:
             await send({"type": "http.response.body", "body": event(describe(error)), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def event(content: Json) -> bytes:
-    """One server-sent event with a JSON payload."""
-    return b"data: " + orjson.dumps(content) + b"\n\n"
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Run `work`, cancelled as soon as the client disconnects (raises ClientDisconnect)."""
-    working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_disconnected(receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientDisconnect
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Piece]]:

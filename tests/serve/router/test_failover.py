@@ -92,8 +92,9 @@ def ask(
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("victim", ["replica", "engine"])
+@pytest.mark.parametrize("victim", ["replica", pytest.param("engine", marks=pytest.mark.long)])
 def test_a_kill_under_load_fails_nothing_and_changes_nothing(routed: Any, victim: str) -> None:
+    routed.wait_ready(3)
     sent = requests(84)
     undisturbed = ask(routed.url, sent)
     before, killed = routed.figure("failovers_total")[0] + routed.figure("retries_total")[0], []
@@ -109,11 +110,12 @@ def test_a_kill_under_load_fails_nothing_and_changes_nothing(routed: Any, victim
     assert ask(routed.url, sent, disturb) == undisturbed
     assert killed
     assert routed.figure("failovers_total")[0] + routed.figure("retries_total")[0] > before
-    routed.wait_ready(3)
 
 
+@pytest.mark.long
 def test_a_replica_that_hangs_is_left_and_started_again(routed: Any) -> None:
     """SIGSTOP: connections stay, nothing answers any more."""
+    routed.wait_ready(3)
     sent = requests(42)
     undisturbed = ask(routed.url, sent)
     stopped: list[psutil.Process] = []
@@ -125,7 +127,6 @@ def test_a_replica_that_hangs_is_left_and_started_again(routed: Any) -> None:
 
     assert ask(routed.url, sent, disturb) == undisturbed
     routed.wait(lambda: not stopped[0].is_running())
-    routed.wait_ready(3)
 
 
 def test_a_client_that_leaves_frees_its_replica(routed: Any) -> None:

@@ -10,8 +10,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from muster.serve.answer import while_connected
 from muster.serve.body import BodyGuard
+from muster.serve.connection import while_connected
 from muster.serve.failures import error_response
 from muster.serve.router.asked import read
 from muster.serve.router.fleet import Fleet

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from muster.serve.answer import event
+from muster.serve.connection import event
 from muster.serve.failures import error_body
 from muster.serve.router.asked import Asked
 from muster.serve.router.fleet import Attempt, Fleet

@@ -39,7 +39,8 @@ def bind(host: str, port: int) -> socket.socket:
             f"host {host} is reachable from other machines, and muster serve has no authentication yet: "
             f"use --host 127.0.0.1, and a reverse proxy or an ssh tunnel for access from elsewhere"
         )
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol named, or asyncio would leave Nagle on, and a small piece would wait 40 ms for an ACK.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)

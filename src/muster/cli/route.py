@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,9 +22,12 @@ def route(
     host: str | None,
     port: int | None,
     options: Sequence[str],
+    manifest: bool,
 ) -> None:
-    """Run a router over `replicas` of the model at `path`, each started with `options`, or over servers elsewhere."""
+    """Run a router over `replicas` of the model at `path`, each started with `options`, or over servers elsewhere; or
+    print a `manifest` of the former."""
     try:
+        from muster.serve.router.manifest import kubernetes
         from muster.serve.router.run import Local, Router
         from muster.serve.server import bind
     except ModuleNotFoundError as error:
@@ -38,13 +42,17 @@ def route(
         raise UsageError(f"--replicas {replicas} should be at least 1")
     if not upstream and path is None:
         raise UsageError("nothing to serve: give a model's PATH, or servers with --upstream URL")
-    if path is None:
-        section = None
-    else:
-        folder, _ = find_folder(path)
+    section, name = None, ""
+    if path is not None:
+        folder, name = find_folder(path)
         section = serve_section(folder)
     address = host or (section.host if section else "127.0.0.1")
     number = port if port is not None else (section.port if section else 8000)
+    if manifest:
+        if path is None:
+            raise UsageError("--manifest describes replicas of a model: give its PATH")
+        sys.stdout.write(kubernetes(name, replicas=replicas or 1, port=number or 8000, options=options))
+        return
     behind: Local | Sequence[str] = upstream
     if path is not None:
         arguments = [str(path), "--host", "127.0.0.1", "--port", "0", *options]

@@ -21,6 +21,7 @@ def serve(
     replicas: int | None = None,
     upstream: list[str] | None = None,
     policy: Literal["prefix", "tokens", "round-robin"] = "prefix",
+    manifest: Literal["kubernetes"] | None = None,
 ) -> None:
     """Serve a model over HTTP, with the completions and chat API of OpenAI; or route to several servers.
 
@@ -52,12 +53,14 @@ def serve(
     policy
         Which replica gets a request: `prefix`, that which knows its prompt's beginning, unless it is too busy;
         `tokens`, that with the least to do; `round-robin`, each in its turn.
+    manifest
+        Print the YAML that runs the replicas and the router on Kubernetes, instead of running them here.
     """
     if streams is not None and streams < 1:
         raise UsageError(f"--streams {streams} should be at least 1")
     if context is not None and context < 2:
         raise UsageError(f"--context {context} should be at least 2: a prompt token and a completion token")
-    if replicas is not None or upstream or path is None:
+    if replicas is not None or upstream or manifest is not None or path is None:
         from muster.cli.route import route
 
         given = {"--streams": streams, "--context": context, "--dtype": dtype, "--draft": draft}
@@ -70,6 +73,7 @@ def serve(
             host=host,
             port=port,
             options=options,
+            manifest=manifest is not None,
         )
         return
     try:

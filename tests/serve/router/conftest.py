@@ -86,7 +86,7 @@ def routing() -> Callable[..., AbstractContextManager[Routed]]:
     return _routing
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def routed(folder: Path) -> Iterator[Routed]:
     """One with three replicas, for all tests that leave it with three."""
     with _routing(folder, "--replicas", 3, "--dtype", "fp32", "--streams", 4) as running:

@@ -15,6 +15,7 @@ import pytest
 
 from muster.cli.serve import serve
 from muster.errors import UsageError
+from muster.serve.router.forward import DEATHS
 from muster.serve.router.run import Router
 from muster.serve.server import bind, url_of
 
@@ -149,9 +150,10 @@ def test_a_server_of_another_kind_gets_the_body_as_it_was_sent(other: Foreign, r
         assert answer.headers["content-type"] == "text/event-stream"
         assert server.bodies == [content]
         assert server.headers[0]["authorization"] == "Bearer secret"
-        assert server.headers[0]["x-request-id"] == "mine"
+        assert server.headers[0]["x-request-id"] == answer.headers["x-request-id"] == "mine"
         whole = httpx.post(f"{url}/v1/completions?a=b", json=BODY | {"stream": False})
         assert whole.json()["choices"][0]["text"] == "wwwww"
+        assert server.headers[1]["x-request-id"] == whole.headers["x-request-id"] != "mine"
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "other"
 
 
@@ -182,6 +184,16 @@ def test_a_failure_is_tried_elsewhere_and_passed_on_where_there_is_nowhere(
                 assert httpx.post(f"{url}/v1/completions", json=BODY).status_code == 200
         with route(full.url) as url:
             assert httpx.post(f"{url}/v1/completions", json=BODY).status_code == 429
+
+
+def test_a_request_that_kills_is_not_sent_to_all(other: Foreign, route: Any) -> None:
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(other(dies_after=0)) for _ in range(DEATHS + 2)]
+        with route(*(server.url for server in servers)) as url:
+            answer = httpx.post(f"{url}/v1/completions", json=BODY)
+            assert answer.status_code == 502
+            assert f"{DEATHS} replicas died" in answer.json()["error"]["message"]
+        assert sum(len(server.bodies) for server in servers) == DEATHS
 
 
 def test_a_server_that_is_not_there_is_left_out(other: Foreign, route: Any) -> None:

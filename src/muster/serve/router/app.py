@@ -15,7 +15,7 @@ from muster.serve.connection import while_connected
 from muster.serve.failures import error_response
 from muster.serve.router.asked import read
 from muster.serve.router.fleet import Fleet
-from muster.serve.router.forward import Incoming, forward, sent_on
+from muster.serve.router.forward import Incoming, forward, named, sent_on
 from muster.serve.router.upstream import Headers
 
 _LOG = logging.getLogger(__name__)
@@ -68,11 +68,13 @@ async def _pass_on(scope: Scope, receive: Receive, send: Send, fleet: Fleet) -> 
         if not message.get("more_body", False):
             break
     begun = False
+    given = dict(scope["headers"])
+    request_id = given.get(b"x-request-id") or secrets.token_hex(16).encode()
 
     async def begin(status: int, headers: Headers) -> None:
         nonlocal begun
         begun = True
-        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.start", "status": status, "headers": named(headers, request_id)})
 
     async def write(data: bytes) -> None:
         await send({"type": "http.response.body", "body": data, "more_body": True})
@@ -82,7 +84,7 @@ async def _pass_on(scope: Scope, receive: Receive, send: Send, fleet: Fleet) -> 
     incoming = Incoming(
         method=scope["method"],
         target=target,
-        headers=sent_on(scope["headers"], secrets.token_hex(16).encode()),
+        headers=named(sent_on(scope["headers"]), request_id),
         asked=read(scope["path"], bytes(body)),
         begin=begin,
         write=write,

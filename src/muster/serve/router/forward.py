@@ -72,16 +72,16 @@ async def forward(incoming: Incoming, fleet: Fleet) -> None:
                 return
             await fleet.wait()
             continue
+        relays = bool(replica.relays)
         try:
             with fleet.attempt(replica, asked, incoming.tokens) as attempt:
                 if await _attempt(incoming, fleet, attempt, until_s):
                     return
         except Gone as gone:
             incoming.avoided.add(replica.index)
-            reached = "cannot be reached" not in str(gone)
-            incoming.deaths += reached
+            incoming.deaths += gone.had_it
             _LOG.warning("%s", gone)
-            if incoming.begun and not replica.relays:
+            if incoming.begun and not relays:
                 await _fail(
                     incoming, 502, "the server died, and its kind cannot go on elsewhere: send it again"
                 )
@@ -89,7 +89,7 @@ async def forward(incoming: Incoming, fleet: Fleet) -> None:
             if incoming.deaths >= DEATHS:
                 await _fail(incoming, 502, f"{DEATHS} replicas died with this request")
                 return
-            if reached:
+            if gone.had_it:
                 replica.deaths += 1
                 fleet.failovers += 1
                 until_s = time.monotonic() + WAIT_S
@@ -156,8 +156,9 @@ async def _stream(
                 piece = trail.feed(piece)
                 incoming.tokens += trail.new_tokens
                 attempt.delivered(trail.new_tokens)
-                if trail.lost and fleet.budget.take():
+                if trail.lost and incoming.deaths < DEATHS - 1 and fleet.budget.take():
                     attempt.failed()
+                    incoming.deaths += 1
                     incoming.avoided.add(attempt.replica.index)
                     fleet.failovers += 1
                     return False
@@ -189,8 +190,12 @@ async def _fail(incoming: Incoming, status: int, message: str) -> None:
     await incoming.write(event(content).removeprefix(b"data: ").rstrip())
 
 
-def sent_on(headers: Headers, request_id: bytes) -> Headers:
+def sent_on(headers: Headers) -> Headers:
     """A client's headers as a replica gets them."""
-    kept = [(name, value) for name, value in headers if name not in _NOT_SENT_ON]
-    known = any(name == b"x-request-id" for name, _ in kept)
-    return kept if known else [*kept, (b"x-request-id", request_id)]
+    return [(name, value) for name, value in headers if name not in _NOT_SENT_ON]
+
+
+def named(headers: Headers, request_id: bytes) -> Headers:
+    """Headers with a request's id, which they may have already."""
+    known = any(name.lower() == b"x-request-id" for name, _ in headers)
+    return headers if known else [*headers, (b"x-request-id", request_id)]

@@ -26,6 +26,11 @@ Headers = Sequence[tuple[bytes, bytes]]
 class Gone(MusterError):
     """The server cannot be reached, or has closed a connection before its answer's end."""
 
+    def __init__(self, message: str, *, had_it: bool = True) -> None:
+        super().__init__(message)
+        self.had_it = had_it
+        """Whether the request may have got there."""
+
 
 @dataclass(slots=True, eq=False)
 class _Connection:
@@ -91,8 +96,9 @@ class Upstream:
 
         A kept connection may have been closed meanwhile by the other end; then the request is sent again on another.
         """
+        had_it = False
         while True:
-            connection = self._idle.pop() if self._idle else await self._connect()
+            connection = self._idle.pop() if self._idle else await self._connect(had_it)
             self._busy.add(connection)
             try:
                 return await self._sent(connection, method, target, headers, body)
@@ -100,6 +106,7 @@ class Upstream:
                 self.release(connection, reusable=False)
                 if not connection.used:
                     raise
+                had_it = True
             except BaseException:
                 self.release(connection, reusable=False)
                 raise
@@ -139,13 +146,13 @@ class Upstream:
         else:
             connection.writer.transport.abort()
 
-    async def _connect(self) -> _Connection:
+    async def _connect(self, had_it: bool) -> _Connection:
         try:
             async with asyncio.timeout(CONNECT_S):
                 reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._ssl)
         except (OSError, TimeoutError) as error:
             reason = getattr(error, "strerror", None) or f"no connection within {CONNECT_S:g} s"
-            raise Gone(f"{self.url} cannot be reached: {reason}") from None
+            raise Gone(f"{self.url} cannot be reached: {reason}", had_it=had_it) from None
         return _Connection(reader, writer, h11.Connection(h11.CLIENT))
 
     async def _sent(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import ssl
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +24,7 @@ from muster.serve.codec import TextCodec
 from muster.serve.engine.core import Core
 from muster.serve.engine.network import TransformerNetwork
 from muster.serve.engine.thread import ThreadEngine
+from muster.serve.gate import Front
 from muster.serve.http import build_app
 from muster.serve.limits import Limits
 from muster.serve.protocol import Engine, Request, Token
@@ -173,10 +175,11 @@ class Served:
     url: str
     engine: ThreadEngine
     codec: TextCodec
+    server: Server
 
     @property
     def address(self) -> tuple[str, int]:
-        host, port = self.url.removeprefix("http://").split(":")
+        host, port = self.url.partition("://")[2].split(":")
         return host, int(port)
 
 
@@ -190,6 +193,10 @@ def _serving(
     streams: int = 4,
     waiting_limit: int = 256,
     template: ChatTemplate = PLAIN,
+    front: Front | None = None,
+    tls: ssl.SSLContext | None = None,
+    warm_up: Callable[[], Awaitable[None]] | None = None,
+    wait: bool = True,
     **limits: float,
 ) -> Iterator[Served]:
     tokenizer = Tokenizer.byte()
@@ -199,14 +206,16 @@ def _serving(
     )
     bounds = Limits(context_tokens=model.spec.context, **limits)  # type: ignore[arg-type]
     sock = bind("127.0.0.1", 0)
-    url = url_of(sock)
+    url = url_of(sock, secure=tls is not None)
     ready = threading.Event()
-    server = Server(build_app(engine, codec, "tiny", bounds), bounds, on_ready=ready.set)
+    front = front or Front()
+    app = build_app(engine, codec, "tiny", bounds, front)
+    server = Server(app, bounds, on_ready=ready.set, front=front, tls=tls, warm_up=warm_up)
     thread = threading.Thread(target=server.serve_on, args=(sock,))
     thread.start()
     try:
-        assert ready.wait(30)
-        yield Served(url, engine, codec)
+        assert not wait or ready.wait(30)
+        yield Served(url, engine, codec, server)
     finally:
         server.should_exit = True
         thread.join(30)

@@ -94,7 +94,7 @@ def test_wrong_fields_of_completions(served: Any, changes: dict[str, Any], param
             "should be a string or a list of {type: text",
         ),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
-        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "is required"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "needs json_schema"),
         (

@@ -88,7 +88,7 @@ def test_chat_in_process_answers_each_line_of_a_pipe(folder: Path, environment: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"host": "0.0.0.0"}, "no authentication yet"),
+        ({"host": "0.0.0.0"}, "so whoever asks needs a key"),
         ({"streams": 0}, "--streams 0 should be at least 1"),
         ({"context": 1}, "--context 1 should be at least 2"),
     ],

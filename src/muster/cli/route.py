@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +24,18 @@ def route(
     port: int | None,
     options: Sequence[str],
     manifest: bool,
+    keys: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    requests_per_minute: int | None,
+    access_log: Path | None,
 ) -> None:
     """Run a router over `replicas` of the model at `path`, each started with `options`, or over servers elsewhere; or
     print a `manifest` of the former."""
     try:
+        from muster.serve.gate import Front
+        from muster.serve.keys import read_keys
+        from muster.serve.rates import Rates
         from muster.serve.router.manifest import kubernetes
         from muster.serve.router.run import Local, Router
         from muster.serve.server import bind
@@ -35,6 +44,8 @@ def route(
             raise
         raise MissingExtra("muster serve", "serve") from None
     from muster.serve.folders import find_folder, serve_section
+    from muster.serve.tls import tls_context
+    from muster.serve.visit import open_log
 
     if upstream and (path is not None or replicas is not None):
         raise UsageError("--upstream names servers that run already: leave PATH and --replicas out")
@@ -57,5 +68,8 @@ def route(
     if path is not None:
         arguments = [str(path), "--host", "127.0.0.1", "--port", "0", *options]
         behind = Local(replicas=replicas or 1, arguments=arguments)
-    with bind(address, number) as sock:
-        Router(sock, behind, policy).run()
+    tls = tls_context(tls_cert, tls_key)
+    front = Front(keys=read_keys(keys, os.environ), rates=Rates(requests_per_minute=requests_per_minute))
+    guarded = bool(front.keys)
+    with open_log(access_log) as front.log, bind(address, number, guarded=guarded) as sock:
+        Router(sock, behind, policy, front, tls).run()

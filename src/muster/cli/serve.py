@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -22,17 +23,25 @@ def serve(
     upstream: list[str] | None = None,
     policy: Literal["prefix", "tokens", "round-robin"] = "prefix",
     manifest: Literal["kubernetes"] | None = None,
+    max_wait: float = 60.0,
+    keys: Path | None = None,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    requests_per_minute: int | None = None,
+    tokens_per_minute: int | None = None,
+    access_log: Path | None = None,
 ) -> None:
     """Serve a model over HTTP, with the completions and chat API of OpenAI; or route to several servers.
 
-    Stops cleanly on Ctrl-C or SIGTERM.
+    Stops cleanly on Ctrl-C or SIGTERM: new requests are refused, and those under way are finished first.
 
     Parameters
     ----------
     path
         A run folder (its export is served), or a folder in Hugging Face layout.
     host
-        Address to listen on; loopback only, as there is no authentication yet.
+        Address to listen on. Keys are needed where other machines can reach it. Default: the run file's, else
+        127.0.0.1.
     port
         Port to listen on; 0 takes a free one. Default: the run file's, else 8000.
     streams
@@ -55,15 +64,47 @@ def serve(
         `tokens`, that with the least to do; `round-robin`, each in its turn.
     manifest
         Print the YAML that runs the replicas and the router on Kubernetes, instead of running them here.
+    max_wait
+        Seconds that a request may have to wait before it is begun; one that would be likely to wait longer is refused
+        at once, and told when to come again.
+    keys
+        File of API keys, one `key` or `name: key` a line; more in the environment variable MUSTER_KEYS. `trusted` after
+        a key lets its requests have a priority below 0, and name their users.
+    tls_cert
+        Certificate chain in PEM format: serve HTTPS.
+    tls_key
+        Its private key, unless that is in the same file.
+    requests_per_minute
+        Requests that each key may send in a minute. Default: any number.
+    tokens_per_minute
+        Tokens that each key may use in a minute, of prompts and answers. Default: any number.
+    access_log
+        File to append a JSON line to for each request; `-` is standard output. Default: none.
     """
     if streams is not None and streams < 1:
         raise UsageError(f"--streams {streams} should be at least 1")
     if context is not None and context < 2:
         raise UsageError(f"--context {context} should be at least 2: a prompt token and a completion token")
+    if not max_wait > 0:
+        raise UsageError(f"--max-wait {max_wait:g} should be more than 0 seconds")
+    for name, rate in (("requests", requests_per_minute), ("tokens", tokens_per_minute)):
+        if rate is not None and rate < 1:
+            raise UsageError(f"--{name}-per-minute {rate} should be at least 1")
     if replicas is not None or upstream or manifest is not None or path is None:
+        if tokens_per_minute is not None:
+            raise UsageError(
+                "--tokens-per-minute is not counted by a router: give it to the servers behind it"
+            )
         from muster.cli.route import route
 
-        given = {"--streams": streams, "--context": context, "--dtype": dtype, "--draft": draft}
+        given = {
+            "--streams": streams,
+            "--context": context,
+            "--dtype": dtype,
+            "--draft": draft,
+            "--max-wait": max_wait,
+            "--keys": keys,
+        }
         options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
         route(
             path,
@@ -74,11 +115,19 @@ def serve(
             port=port,
             options=options,
             manifest=manifest is not None,
+            keys=keys,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            requests_per_minute=requests_per_minute,
+            access_log=access_log,
         )
         return
     try:
         from muster.serve.engine.process import ProcessEngine
+        from muster.serve.gate import Front
         from muster.serve.http import build_app
+        from muster.serve.keys import read_keys
+        from muster.serve.rates import Rates
         from muster.serve.server import Server, bind, url_of
     except ModuleNotFoundError as error:
         if str(error.name).startswith("muster"):
@@ -87,11 +136,18 @@ def serve(
     from muster.observe.format import count
     from muster.serve.folders import find_folder, serve_section
     from muster.serve.limits import Limits
+    from muster.serve.tls import tls_context
+    from muster.serve.visit import open_log
+    from muster.serve.warmup import warm_up
 
     folder, _ = find_folder(path)
     section = serve_section(folder)
+    tls = tls_context(tls_cert, tls_key)
+    rates = Rates(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
+    front = Front(keys=read_keys(keys, os.environ), rates=rates)
+    address, number = host or section.host, section.port if port is None else port
     # The port first: a taken one is known before minutes of loading.
-    with bind(host or section.host, section.port if port is None else port) as sock:
+    with open_log(access_log) as front.log, bind(address, number, guarded=bool(front.keys)) as sock:
         from muster.serve.opening import open_model
 
         model = open_model(
@@ -101,9 +157,12 @@ def serve(
             context_tokens=context,
             own_process=True,
             draft=draft,
+            waiting_s=max_wait,
         )
         limits = Limits(context_tokens=model.context_tokens, request_s=section.timeout)
-        app = build_app(model.engine, model.codec, model.model_id, limits)
+        app = build_app(model.engine, model.codec, model.model_id, limits, front)
+
+        url = url_of(sock, secure=tls is not None)
 
         def announce() -> None:
             facts = (
@@ -112,10 +171,12 @@ def serve(
             )
             sys.stdout.write(f"threads {model.threads}: {model.threads_reason}\n")
             sys.stdout.write(f"kernels {model.kernels}\n")
-            sys.stdout.write(f"serving {model.model_id} on {url_of(sock)}  ({facts})\n")
+            sys.stdout.write(f"serving {model.model_id} on {url}  ({facts})\n")
             sys.stdout.flush()
 
-        server = Server(app, limits, on_ready=announce)
+        server = Server(
+            app, limits, on_ready=announce, front=front, tls=tls, warm_up=lambda: warm_up(model.engine)
+        )
         engine = model.engine
         if isinstance(engine, ProcessEngine):
             engine.on_end = lambda: setattr(server, "should_exit", True)

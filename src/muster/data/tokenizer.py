@@ -84,6 +84,16 @@ class Tokenizer:
         return self._inner.decode(list(ids), skip_special_tokens=True)
 
     @cached_property
+    def longest(self) -> int | None:
+        """Characters that one token stands for at most; None where that is not known (one may stand for any word)."""
+        parts = json.loads(self._inner.to_str())
+        model, kinds = parts["model"], json.dumps([parts["pre_tokenizer"], parts["normalizer"]])
+        if model.get("type") != "BPE" or not (model.get("byte_fallback") or '"ByteLevel"' in kinds):
+            return None
+        shrinks = 4 if parts["normalizer"] else 1  # composed characters
+        return shrinks * max(map(len, self._inner.get_vocab(with_added_tokens=True)))
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical tokenizer.json and of the tokens that begin and end a text."""
         content = json.dumps([json.loads(self._inner.to_str()), self.bos, self.eos], sort_keys=True)

@@ -23,9 +23,11 @@ from muster.serve.detokenize import Decode
 from muster.serve.failures import describe
 from muster.serve.generation import Generation, Piece
 from muster.serve.intake import Job
+from muster.serve.metrics import Metrics
 from muster.serve.protocol import Engine
 from muster.serve.relay import LOST, Progress, mark
 from muster.serve.responses import Json, Outcome, usage
+from muster.serve.visit import Visit
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,9 +35,10 @@ _LOG = logging.getLogger(__name__)
 class Answer:
     """The answer to one job: its sequences are queued on creation, all or none (raises Overloaded)."""
 
-    def __init__(self, job: Job, engine: Engine, decode: Decode, model_id: str, timeout_s: float) -> None:
-        self._job = job
-        self._timeout_s = timeout_s
+    def __init__(
+        self, job: Job, engine: Engine, decode: Decode, model_id: str, visit: Visit, metrics: Metrics
+    ) -> None:
+        self._job, self._visit, self._metrics = job, visit, metrics
         prefix = "chatcmpl" if job.object == "chat.completion" else "cmpl"
         relay = job.relay
         self._head = {
@@ -56,29 +59,42 @@ class Answer:
                 delivered = before.characters if before else 0
                 generation = Generation(engine, decode, request, job.stop, delivered)
                 self._outcomes[index].text = generation.delivered
+                if before is not None:  # shapes may read the text as it comes
+                    self._job.shape.delta(index, Outcome(text=generation.delivered), 0)
                 self._generations.append(generation)
                 self._indices.append(index)
         except BaseException:
             self.close()
             raise
+        self._came_s: list[float | None] = [None for _ in job.requests]
+        """When the latest piece of each choice came."""
 
     def close(self) -> None:
         for generation in self._generations:
             generation.close()
 
-    async def whole(self, receive: Receive) -> Response:
+    def settle(self) -> None:
+        """Close, and say what it has come to."""
+        self.close()
+        self._visit.output_tokens = sum(outcome.generated_tokens for outcome in self._outcomes)
+        for outcome in self._outcomes:
+            self._metrics.finished[outcome.finish_reason or "abort"] += 1
+        if self._outcomes and all(outcome.finish_reason for outcome in self._outcomes):
+            self._metrics.e2e.observe(time.perf_counter() - self._visit.began_s)
+
+    async def whole(self, receive: Receive, timeout_s: float) -> Response:
         """Wait for all choices; raises TimeoutError, EngineError, or ClientDisconnect."""
         try:
-            await while_connected(receive, self._collect())
+            await while_connected(receive, self._collect(timeout_s))
         finally:
-            self.close()
+            self.settle()
         choices = [self._job.shape.choice(index, outcome) for index, outcome in enumerate(self._outcomes)]
         return JSONResponse(
             {**self._head, "object": self._job.object, "choices": choices, "usage": self._usage()}
         )
 
-    async def _collect(self) -> None:
-        async with asyncio.timeout(self._timeout_s):
+    async def _collect(self, timeout_s: float) -> None:
+        async with asyncio.timeout(timeout_s):
             async with aclosing(merge(self._generations)) as pieces:
                 async for number, piece in pieces:
                     self._extend(self._indices[number], piece)
@@ -106,6 +122,14 @@ class Answer:
         yield b"data: [DONE]\n\n"
 
     def _extend(self, index: int, piece: Piece) -> Outcome:
+        now_s, before_s = time.perf_counter(), self._came_s[index]
+        self._came_s[index] = now_s
+        if before_s is not None:
+            self._metrics.itl.observe(now_s - before_s)
+        else:
+            self._metrics.ttft.observe(now_s - self._visit.began_s)
+            if self._visit.first_s is None:
+                self._visit.first_s = now_s
         outcome = self._outcomes[index]
         outcome.text += piece.text
         outcome.tokens.extend(piece.tokens)
@@ -154,7 +178,7 @@ class StreamedAnswer(Response):
         except ClientDisconnect:
             pass
         finally:
-            self._answer.close()
+            self._answer.settle()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

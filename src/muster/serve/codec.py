@@ -11,7 +11,7 @@ from typing import Any
 from muster.data.tokenizer import Tokenizer
 from muster.errors import UsageError
 from muster.serve.guide import Guides
-from muster.serve.template import PLAIN, ChatTemplate, Message, read_json, template_of
+from muster.serve.template import PLAIN, ChatTemplate, Message, Tools, read_json, template_of
 
 _SHIELD = "\ufdd0"
 """A noncharacter (never used in text) that keeps what users write from reading as a special token."""
@@ -40,23 +40,34 @@ class TextCodec:
         """Token ids of a prompt; an empty one is the beginning of a document."""
         return self.begin + tuple(self.tokenizer.encode(text)) or (self.tokenizer.bos_id,)
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def least_tokens(self, text: str) -> int:
+        """Tokens that a text has at least, without encoding it."""
+        longest = self.tokenizer.longest
+        return 0 if longest is None else -(-len(text) // longest)
+
+    def encode_chat(self, messages: Sequence[Message], tools: Tools = ()) -> tuple[int, ...]:
         """The prompt that asks for the assistant's next message; raises TemplateRefused."""
-        shielded = [{name: self._shield(text) for name, text in message.items()} for message in messages]
         ids: list[int] = []
-        for part in self._split(self.template.render(shielded)):
+        for part in self._split(self.template.render(self._shield(messages), self._shield(tools))):
             special = self.specials.get(part)
             ids += self.tokenizer.encode(part.replace(_SHIELD, "")) if special is None else [special]
         begun = self.begin and tuple(ids[: len(self.begin)]) == self.begin  # by the template itself
-        return tuple(ids) if begun else self.begin + tuple(ids)
+        whole = tuple(ids) if begun else self.begin + tuple(ids)
+        return whole or (self.tokenizer.bos_id,)  # a template may write nothing
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
 
-    def _shield(self, text: str) -> str:
-        for special in self.specials:
-            text = text.replace(special, special[0] + _SHIELD + special[1:])
-        return text
+    def _shield(self, content: Any) -> Any:
+        """Plain data whose texts hold no special token."""
+        if isinstance(content, Mapping):
+            return {self._shield(name): self._shield(value) for name, value in content.items()}
+        if isinstance(content, (list, tuple)):
+            return [self._shield(value) for value in content]
+        if isinstance(content, str):
+            for special in self.specials:
+                content = content.replace(special, special[0] + _SHIELD + special[1:])
+        return content
 
     def _split(self, text: str) -> list[str]:
         """Special tokens and the text between them."""

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from muster.serve.protocol import EngineError, Overloaded, Request, Token
 
 Item = Token | EngineError
+
+WAITING_S = 60.0
+"""Longest time that a request shall wait; one that would is refused, and told when to come again."""
 
 
 class Stream:
@@ -38,15 +43,48 @@ class Stream:
         raise item
 
 
+class Pace:
+    """How long a request will wait, judged by how fast others got through a queue that did not end."""
+
+    _KEPT, _ENOUGH = 0.98, 8
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last_s: float | None = None
+        self._gap_s = self._weight = 0.0
+        self._seen = 0
+
+    def queued(self) -> None:
+        """A request waits."""
+        if self._last_s is None:
+            self._last_s = self._clock()
+
+    def admitted(self, *, others: bool) -> None:
+        """One waits no longer, and there are `others` that do."""
+        if self._last_s is None or not others:
+            self._last_s = None
+            return
+        now_s = self._clock()
+        self._gap_s = self._KEPT * self._gap_s + (1 - self._KEPT) * (now_s - self._last_s)
+        self._weight = self._KEPT * self._weight + (1 - self._KEPT)
+        self._last_s, self._seen = now_s, self._seen + 1
+
+    def wait_s(self, waiting: int) -> float:
+        """Expected time behind so many; 0 where it is not known."""
+        return waiting * self._gap_s / self._weight if self._seen >= self._ENOUGH else 0.0
+
+
 class Streams:
     """The requests that are being answered, a bounded number of which wait for their first step.
 
     A request is refused when `waiting_limit` others wait, or others whose prompts together with its own exceed
-    `waiting_tokens`. Threads may call everything here but `open` and `drop`.
+    `waiting_tokens`, or when it would be likely to wait longer than `waiting_s`. Threads may call everything here but
+    `open` and `drop`.
     """
 
-    def __init__(self, waiting_limit: int, waiting_tokens: int) -> None:
+    def __init__(self, waiting_limit: int, waiting_tokens: int, waiting_s: float = WAITING_S) -> None:
         self._waiting_limit, self._waiting_tokens = waiting_limit, waiting_tokens
+        self._waiting_s, self._pace = waiting_s, Pace()
         self._changed = threading.Lock()  # guards what follows
         self._live: dict[str, Stream] = {}
         self._waiting: dict[str, int] = {}  # prompt tokens of those not yet admitted
@@ -65,15 +103,17 @@ class Streams:
         """A stream for a request that is to be queued now; raises Overloaded, or EngineError after `fail`."""
         tokens = len(request.prompt)
         with self._changed:
-            if self._refusal is not None:
-                raise EngineError(self._refusal)
-            full = len(self._waiting) >= self._waiting_limit
-            if full or (self._waiting and self._tokens + tokens > self._waiting_tokens):
-                raise Overloaded(len(self._waiting), self._tokens)
+            self._check(tokens)
             stream = self._live[request.id] = Stream(request)
             self._waiting[request.id] = tokens
             self._tokens += tokens
+            self._pace.queued()
         return stream
+
+    def check(self) -> None:
+        """Raise what `open` would, of the smallest request."""
+        with self._changed:
+            self._check(1)
 
     def drop(self, request_id: str) -> bool:
         """End a stream; False when it has ended already."""
@@ -111,8 +151,19 @@ class Streams:
             live = list(self._live)
         self.deliver([(request_id, EngineError(reason)) for request_id in live])
 
+    def _check(self, tokens: int) -> None:
+        if self._refusal is not None:
+            raise EngineError(self._refusal)
+        waiting = len(self._waiting)
+        wait_s = self._pace.wait_s(waiting)
+        too_many = waiting >= self._waiting_limit or wait_s > self._waiting_s
+        if too_many or (self._waiting and self._tokens + tokens > self._waiting_tokens):
+            raise Overloaded(waiting, self._tokens, retry_after_s=max(1, math.ceil(wait_s)))
+
     def _admit(self, request_id: str) -> None:
-        self._tokens -= self._waiting.pop(request_id, 0)
+        if request_id in self._waiting:
+            self._tokens -= self._waiting.pop(request_id)
+            self._pace.admitted(others=bool(self._waiting))
 
 
 def _hand_out(ready: Sequence[tuple[Stream, Item]]) -> None:

@@ -17,17 +17,28 @@ from starlette.responses import JSONResponse, Response
 
 from muster.serve.protocol import EngineError, Overloaded
 
-_TYPES = {404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 class RequestError(Exception):
     """A request that cannot be answered; becomes the HTTP response of that status."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.param, self.code, self.retry_after_s = status, param, code, retry_after_s
 
 
 def error_body(
@@ -72,7 +83,8 @@ def _status(error: Exception) -> int:
 
 def respond(error: Exception) -> Response:
     """The HTTP response for an exception."""
-    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Overloaded) else None
+    retry_s = error.retry_after_s if isinstance(error, (Overloaded, RequestError)) else None
+    headers = None if retry_s is None else {"Retry-After": str(retry_s)}
     return JSONResponse(describe(error), _status(error), headers=headers)
 
 

@@ -1,35 +1,56 @@
 """The OpenAI-compatible HTTP API over any `Engine`: routes only; `answer` generates, `failures` explains.
 
-Knows no sockets: `server` runs the app, and `receipt` guards how requests arrive.
+Knows no sockets: `server` runs the app, `receipt` guards how requests arrive, and `gate` whose they are.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
 
-from muster.serve import failures
+from muster.serve import document, failures, metrics
 from muster.serve.answer import Answer, StreamedAnswer
 from muster.serve.body import BodyGuard
 from muster.serve.codec import TextCodec
+from muster.serve.connection import while_connected
 from muster.serve.failures import RequestError
-from muster.serve.intake import Job, read_chat, read_completion
+from muster.serve.gate import Front, Gate
+from muster.serve.intake import Job, read_chat, read_completion, read_embedding
+from muster.serve.keys import Client
 from muster.serve.limits import Limits
 from muster.serve.protocol import Engine
-from muster.serve.responses import Json
-from muster.serve.schema import ChatRequest, CompletionRequest
+from muster.serve.responses import Json, embeddings
+from muster.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
 from muster.serve.template import PLAIN
+from muster.serve.tokens import detokenized, embedded, tokenized
+from muster.serve.visit import Visit
+
+JSON = "application/json"
+Body = TypeVar("Body")
+Read = TypeVar("Read")
 
 
-def build_app(engine: Engine, codec: TextCodec, model_id: str, limits: Limits) -> FastAPI:
+def build_app(
+    engine: Engine, codec: TextCodec, model_id: str, limits: Limits, front: Front | None = None
+) -> ASGIApp:
     """An ASGI app that serves one model. The caller owns `engine` and closes it."""
+    front = front or Front()
     app = FastAPI(title="muster", docs_url=None, redoc_url=None)
-    app.add_middleware(BodyGuard, limit_bytes=limits.body_bytes)
     failures.install(app)
+    document.install(app)
     card = {
         "id": model_id,
         "object": "model",
@@ -48,39 +69,82 @@ def build_app(engine: Engine, codec: TextCodec, model_id: str, limits: Limits) -
                 code="model_not_found",
             )
 
+    def charge(prompt_tokens: int, visit: Visit) -> None:
+        visit.prompt_tokens = prompt_tokens
+        front.rates.use(visit.client.name, prompt_tokens)
+
     async def respond(job: Job, request: Request) -> Response:
-        answer = Answer(job, engine, codec.decode, model_id, limits.request_s)
+        visit = Visit.of(request.scope)
+        charge(job.prompt_tokens, visit)
+        answer = Answer(job, engine, codec.decode, model_id, visit, front.metrics)
         if job.stream:
             return StreamedAnswer(answer, limits.request_s)
         try:
-            return await answer.whole(request.receive)
+            return await answer.whole(request.receive, limits.request_s)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it; 499 is the usual name in access logs
 
-    @app.get("/health")
+    @app.get("/health", **document.HEALTH)
     async def health() -> Json:
         return {"status": "ok", "model": model_id, "relay": True}  # extension: see serve/relay.py
 
-    @app.get("/v1/models")
+    @app.get("/health/ready", **document.READY)
+    async def ready() -> Response:
+        phase = front.phase if engine.stats().ready else "starting"
+        return JSONResponse({"status": phase}, 200 if phase == "ready" else 503)
+
+    @app.get("/metrics", **document.METRICS)
+    async def scrape() -> Response:
+        return Response(front.metrics.render(engine.stats(), model_id), media_type=metrics.CONTENT_TYPE)
+
+    @app.get("/v1/models", **document.MODELS)
     async def models() -> Json:
         return {"object": "list", "data": [card]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", **document.MODEL)
     async def model(name: str) -> Response:
         check_model(name)
         return JSONResponse(card)
 
-    @app.post("/v1/completions")
+    async def read(
+        reader: Callable[[Body, TextCodec, Limits, Client], Read], body: Body, request: Request
+    ) -> Read:
+        """A body as work. Tokenising releases the GIL and may take a while: other streams go on meanwhile."""
+        engine.check()
+        visit = Visit.of(request.scope)
+        return await asyncio.to_thread(reader, body, codec, limits, visit.client)
+
+    @app.post("/v1/completions", **document.COMPLETION)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_model(body.model)
-        # Tokenising releases the GIL and may take a while: other streams go on meanwhile.
-        job = await asyncio.to_thread(read_completion, body, codec, limits)
-        return await respond(job, request)
+        return await respond(await read(read_completion, body, request), request)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", **document.CHAT)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         check_model(body.model)
-        job = await asyncio.to_thread(read_chat, body, codec, limits)
-        return await respond(job, request)
+        return await respond(await read(read_chat, body, request), request)
 
-    return app
+    @app.post("/v1/embeddings", **document.EMBEDDINGS)
+    async def embed(body: EmbeddingRequest, request: Request) -> Response:
+        check_model(body.model)
+        requests = await read(read_embedding, body, request)
+        prompt_tokens = sum(len(one.prompt) for one in requests)
+        charge(prompt_tokens, Visit.of(request.scope))
+        try:
+            vectors = await while_connected(request.receive, embedded(engine, requests, limits.request_s))
+        except ClientDisconnect:
+            return Response(status_code=499)
+        base64 = body.encoding_format == "base64"
+        return JSONResponse(embeddings(vectors, model_id, prompt_tokens, base64))
+
+    @app.post("/tokenize", **document.TOKENIZE)
+    async def tokenize(body: TokenizeRequest) -> Response:
+        check_model(model_id if body.model is None else body.model)
+        return Response(await asyncio.to_thread(tokenized, body, codec, limits), media_type=JSON)
+
+    @app.post("/detokenize", **document.DETOKENIZE)
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        check_model(model_id if body.model is None else body.model)
+        return Response(await asyncio.to_thread(detokenized, body, codec), media_type=JSON)
+
+    return Gate(BodyGuard(app, limits.body_bytes), front)

@@ -10,15 +10,19 @@ import secrets
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from muster.errors import UsageError
 from muster.serve.codec import TextCodec
 from muster.serve.failures import RequestError
+from muster.serve.fields import prompts_of
+from muster.serve.keys import Client
 from muster.serve.limits import Limits
+from muster.serve.messages import ChatMessage, Tool
 from muster.serve.protocol import Guide, Request, SamplingParams
 from muster.serve.relay import Relay
-from muster.serve.responses import ChatShape, CompletionShape, Shape
-from muster.serve.schema import ChatRequest, CompletionRequest, SamplingFields
+from muster.serve.responses import ChatShape, CompletionShape, Shape, ToolShape
+from muster.serve.schema import ChatRequest, CompletionRequest, EmbeddingRequest, SamplingFields
 from muster.serve.template import TemplateRefused
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -40,12 +44,11 @@ class Job:
     relay: Relay | None = None
 
 
-def read_completion(body: CompletionRequest, codec: TextCodec, limits: Limits) -> Job:
+def read_completion(body: CompletionRequest, codec: TextCodec, limits: Limits, client: Client) -> Job:
     """A completions body as a job; raises RequestError."""
-    prompts = [codec.encode(item) if isinstance(item, str) else tuple(item) for item in body.prompts]
-    _check_ids(prompts, codec.tokenizer.vocab)
+    prompts = _encoded(body.prompts, body.n or 1, codec, limits, "prompt")
     requests = _requests(
-        body, prompts, body.max_tokens, DEFAULT_COMPLETION_TOKENS, body.logprobs, codec, limits
+        body, prompts, body.max_tokens, DEFAULT_COMPLETION_TOKENS, body.logprobs, codec, limits, client
     )
     echo: list[str] = []
     if body.echo:
@@ -63,25 +66,80 @@ def read_completion(body: CompletionRequest, codec: TextCodec, limits: Limits) -
     )
 
 
-def read_chat(body: ChatRequest, codec: TextCodec, limits: Limits) -> Job:
+def read_chat(body: ChatRequest, codec: TextCodec, limits: Limits, client: Client) -> Job:
     """A chat body as a job; raises RequestError."""
-    try:
-        prompt = codec.encode_chat([{"role": m.role, "content": m.text} for m in body.messages])
-    except TemplateRefused as error:
-        raise RequestError(400, str(error), param="messages") from None
+    _check_choices(1, body.n or 1, limits.choices)
+    prompt = encode_messages(body.messages, body.offered, codec, limits)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     asked = body.max_completion_tokens or body.max_tokens
-    requests = _requests(body, [prompt], asked, limits.context_tokens, logprobs, codec, limits)
+    requests = _requests(body, [prompt], asked, limits.context_tokens, logprobs, codec, limits, client)
+    chat = ChatShape(decode=codec.decode, logprobs=logprobs is not None)
+    names = frozenset(tool.function.name for tool in body.offered)
     return Job(
         requests=requests,
         stop=body.stop_strings + codec.template.stop,
-        shape=ChatShape(decode=codec.decode, logprobs=logprobs is not None),
+        shape=ToolShape(chat, names) if names else chat,
         object="chat.completion",
         stream=bool(body.stream),
         include_usage=body.include_usage,
         prompt_tokens=len(prompt),
         relay=body.relay,
     )
+
+
+def read_embedding(body: EmbeddingRequest, codec: TextCodec, limits: Limits, client: Client) -> list[Request]:
+    """An embeddings body as work for the engine; raises RequestError."""
+    prompts = _encoded(prompts_of(body.input), 1, codec, limits, "input")
+    for prompt in prompts:
+        if len(prompt) > limits.context_tokens:
+            raise _too_long(f"has {len(prompt)}", limits.context_tokens, "input")
+    who = _standing(client, body.user, body.priority)
+    params = SamplingParams(max_tokens=0)
+    return [
+        Request(id=uuid.uuid4().hex, prompt=prompt, params=params, embed=True, **who) for prompt in prompts
+    ]
+
+
+def encode_messages(
+    messages: Sequence[ChatMessage], tools: Sequence[Tool], codec: TextCodec, limits: Limits
+) -> tuple[int, ...]:
+    """The prompt of a chat; raises RequestError."""
+    if tools and not codec.template.takes_tools:
+        raise RequestError(400, "this model's chat template knows no tools; leave them out", param="tools")
+    _check_lengths(["".join(message.text for message in messages)], codec, limits.context_tokens, "messages")
+    try:
+        return codec.encode_chat([message.plain for message in messages], [tool.plain for tool in tools])
+    except TemplateRefused as error:
+        raise RequestError(400, str(error), param="messages") from None
+
+
+def _encoded(
+    items: Sequence[str | list[int]], n: int, codec: TextCodec, limits: Limits, param: str
+) -> list[tuple[int, ...]]:
+    _check_choices(len(items), n, limits.choices)
+    texts = [item for item in items if isinstance(item, str)]
+    _check_lengths(texts, codec, limits.context_tokens, param)
+    prompts = [codec.encode(item) if isinstance(item, str) else tuple(item) for item in items]
+    for prompt in prompts:
+        check_ids(prompt, codec.tokenizer.vocab, param)
+    return prompts
+
+
+def _standing(client: Client, user: str | None, priority: int | None) -> _Standing:
+    """Whom the engine serves, and how soon."""
+    if priority is not None and priority < 0 and not client.trusted:
+        raise RequestError(
+            403,
+            f"priority {priority} needs a key that is trusted; this one may use 0 or more",
+            param="priority",
+        )
+    name = f"{client.name}/{user}" if user is not None and client.trusted else client.name
+    return {"client": name, "priority": priority or 0}
+
+
+class _Standing(TypedDict):
+    client: str
+    priority: int
 
 
 def _requests(
@@ -92,15 +150,10 @@ def _requests(
     logprobs: int | None,
     codec: TextCodec,
     limits: Limits,
+    client: Client,
 ) -> list[Request]:
     n = body.n or 1
-    if len(prompts) * n > limits.choices:
-        raise RequestError(
-            400,
-            f"{len(prompts)} prompts x n = {n} make {len(prompts) * n} sequences, but one request may have "
-            f"{limits.choices}; split it",
-            param="n",
-        )
+    who = _standing(client, body.user, body.priority)
     seed = secrets.randbits(63) if body.seed is None else body.seed
     bias = {int(id): value for id, value in (body.logit_bias or {}).items()}
     if bias and max(bias) >= codec.tokenizer.vocab:
@@ -132,7 +185,9 @@ def _requests(
                 guide=guide,
             )
             generated = _generated(body.relay, len(requests), params, codec)
-            requests.append(Request(id=uuid.uuid4().hex, prompt=prompt, params=params, generated=generated))
+            requests.append(
+                Request(id=uuid.uuid4().hex, prompt=prompt, params=params, generated=generated, **who)
+            )
     return requests
 
 
@@ -155,7 +210,10 @@ def _generated(relay: Relay | None, index: int, params: SamplingParams, codec: T
 
 
 def _checked_guide(body: SamplingFields, codec: TextCodec) -> Guide | None:
-    given = body.guides
+    try:
+        given = body.guides
+    except ValueError as error:
+        raise RequestError(400, str(error), param="tools") from None
     if len(given) > 1:
         names = " and ".join(given)
         raise RequestError(400, f"{names} contradict each other; send one of them", param=next(iter(given)))
@@ -182,11 +240,32 @@ def _completion_tokens(prompt: int, asked: int | None, default: int, context: in
     return min(default, room) if asked is None else asked
 
 
-def _check_ids(prompts: Sequence[tuple[int, ...]], vocab: int) -> None:
-    for prompt in prompts:
-        if not prompt:
-            raise RequestError(400, "the prompt has no tokens; send at least one", param="prompt")
-        if max(prompt) >= vocab:
-            raise RequestError(
-                400, f"token id {max(prompt)} is outside the vocabulary of {vocab} tokens", param="prompt"
-            )
+def _check_choices(prompts: int, n: int, most: int) -> None:
+    if prompts * n > most:
+        raise RequestError(
+            400,
+            f"{prompts} prompts x n = {n} make {prompts * n} sequences, but one request may have {most}; split it",
+            param="n",
+        )
+
+
+def _check_lengths(texts: Sequence[str], codec: TextCodec, context: int, param: str) -> None:
+    """Refuse what cannot fit before it is tokenised: megabytes take seconds."""
+    least = max(map(codec.least_tokens, texts), default=0)
+    if least > context:
+        raise _too_long(f"has at least {least}", context, param)
+
+
+def _too_long(has: str, context: int, param: str) -> RequestError:
+    message = f"the model's context is {context} tokens, but the prompt {has}; shorten it"
+    return RequestError(400, message, param=param, code="context_length_exceeded")
+
+
+def check_ids(ids: Sequence[int], vocab: int, param: str) -> None:
+    """Raise RequestError for no ids, and for unknown ones."""
+    if not ids:
+        raise RequestError(400, "the prompt has no tokens; send at least one", param=param)
+    if max(ids) >= vocab:
+        raise RequestError(
+            400, f"token id {max(ids)} is outside the vocabulary of {vocab} tokens", param=param
+        )

@@ -25,7 +25,8 @@ class Limits:
     """Time a client may leave a full send buffer unread before the connection is cut."""
     request_s: float = 300.0
     """Time from a complete request to the end of its answer."""
-    connections: int = 1000
-    """Connections at the same time; further ones are answered 503."""
-    shutdown_s: float = 10.0
-    """Time running requests get to finish when the server is told to stop."""
+    connections: int = 4000
+    """Connections at the same time; for a further one, that which has gone without a request for longest is closed."""
+    shutdown_s: float = 25.0
+    """Time running requests get to finish when the server is told to stop: less than the 30 s after which Kubernetes
+    kills."""

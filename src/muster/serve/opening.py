@@ -12,6 +12,7 @@ from muster.errors import DoesNotFit, UsageError
 from muster.model.folder import read_spec
 from muster.model.spec import TransformerSpec
 from muster.serve.codec import TextCodec
+from muster.serve.crossing import WAITING_S
 from muster.serve.engine.batch import Network, PagedCache
 from muster.serve.engine.core import Core
 from muster.serve.engine.network import TransformerNetwork
@@ -81,6 +82,7 @@ def open_model(
     context_tokens: int | None = None,
     own_process: bool = False,
     draft: str | None = None,
+    waiting_s: float = WAITING_S,
 ) -> Opened:
     """Load a model and start its engine: on a thread of this process, or in its own.
 
@@ -108,7 +110,7 @@ def open_model(
     )
     return Opened(
         model_id=name,
-        engine=_start(setup, own_process),
+        engine=_start(setup, own_process, waiting_s),
         codec=codec,
         parameters=spec.parameters(),
         dtype=dtype,
@@ -120,12 +122,12 @@ def open_model(
     )
 
 
-def _start(setup: Setup, own_process: bool) -> Engine:
+def _start(setup: Setup, own_process: bool, waiting_s: float) -> Engine:
     if not own_process:
-        return ThreadEngine(build_core(setup), threads=setup.threads)
+        return ThreadEngine(build_core(setup), waiting_s=waiting_s, threads=setup.threads)
     from muster.serve.engine.process import ProcessEngine  # what it imports is in the extra
 
-    return ProcessEngine(asdict(setup))
+    return ProcessEngine(asdict(setup), waiting_s=waiting_s)
 
 
 def _draft_folder(path: Path, codec: TextCodec) -> Path:

@@ -81,6 +81,8 @@ class Request:
     generated: tuple[int, ...] = ()
     """What another engine has generated already: fewer than `max_tokens` ids, which come first and are not
     delivered again. What follows is what that engine would have gone on with, draws included if a seed is given."""
+    embed: bool = False
+    """Deliver, instead of tokens, one that carries the prompt's embedding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +95,8 @@ class Token:
     """The most likely tokens, best first, as (token id, log-probability)."""
     finish_reason: FinishReason | None = None
     """Set on a request's last token: `stop` for one of its `stop_ids`, `length` for `max_tokens`."""
+    embedding: tuple[float, ...] = ()
+    """The model's last hidden state of the prompt's last token, of length 1 (E numbers)."""
 
 
 class Overloaded(MusterError):
@@ -115,6 +119,8 @@ class EngineError(MusterError):
 class Stats:
     """What an engine is doing, and has done since it started."""
 
+    ready: bool = True
+    """Not while it is being started again."""
     running: int = 0
     waiting: int = 0
     blocks: int = 0
@@ -142,6 +148,10 @@ class Engine(Protocol):
 
         The iterator raises EngineError when generation fails, and ends early after `cancel`.
         """
+        ...
+
+    def check(self) -> None:
+        """Raise Overloaded if any request would be refused now: to be asked before tokenising it."""
         ...
 
     def cancel(self, request_id: str) -> None:

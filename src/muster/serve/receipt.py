@@ -1,8 +1,9 @@
 """Deadlines for receiving a request and for reading its answer, which uvicorn does not have.
 
 Without them a client that sends half a header, or half a body, holds its connection for ever and
-delays shutdown (uvicorn closes only idle keep-alive connections). A small layer over uvicorn's h11
-protocol; h11 itself bounds the size of a header. Private names of uvicorn are used here and
+delays shutdown (uvicorn closes only idle keep-alive connections). Where there are too many
+connections, the one makes room that has been without a complete request for longest. A small layer over
+uvicorn's h11 protocol; h11 itself bounds the size of a header. Private names of uvicorn are used here and
 nowhere else.
 """
 
@@ -24,17 +25,14 @@ Phase = Literal["header", "body"]
 
 
 def guarded_protocol(limits: Limits) -> type[H11Protocol]:
-    """A uvicorn protocol class that keeps `header_s`, `body_s` and `stalled_write_s` of `limits`."""
-
-    class GuardedProtocol(_GuardedProtocol):
-        pass
-
-    GuardedProtocol.limits = limits
-    return GuardedProtocol
+    """A uvicorn protocol class that keeps `header_s`, `body_s`, `stalled_write_s` and `connections` of `limits`."""
+    return type("GuardedProtocol", (_GuardedProtocol,), {"limits": limits, "expendable": {}})
 
 
 class _GuardedProtocol(H11Protocol):
     limits: Limits
+    expendable: dict[_GuardedProtocol, None]
+    """Of all connections, those without a complete request, the longest so first."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -45,9 +43,13 @@ class _GuardedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.expendable[self] = None
         self._watch_receipt()
+        if len(self.connections) > self.limits.connections:
+            next(iter(self.expendable)).make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.expendable.pop(self, None)
         self._stop(self._receipt_timer)
         self._stop(self._write_timer)
         super().connection_lost(exc)
@@ -55,12 +57,32 @@ class _GuardedProtocol(H11Protocol):
     def handle_events(self) -> None:
         super().handle_events()
         self._watch_receipt()
+        if self._is_served():
+            self.expendable.pop(self, None)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._is_served() and not self.transport.is_closing():
+            self.expendable.setdefault(self)
 
     def shutdown(self) -> None:
-        if self._awaited is not None and self._awaited[0] == "body":
-            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "the server is stopping")
-        else:
+        if not self.drop_partial_body():
             super().shutdown()
+
+    def drop_partial_body(self) -> bool:
+        """Refuse what is still being sent, as the server is stopping; False where that is no body."""
+        if self._awaited is None or self._awaited[0] != "body":
+            return False
+        self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "the server is stopping")
+        return True
+
+    def make_room(self) -> None:
+        """Close the connection for one that came later."""
+        self.expendable.pop(self, None)
+        if self._awaited is None:
+            self.transport.close()  # between requests
+        else:
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "the server has too many connections")
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -72,7 +94,9 @@ class _GuardedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         # uvicorn calls this while it handles h11's error, which knows the better status (431, 414, ...).
-        status = HTTPStatus(getattr(sys.exception(), "error_status_hint", HTTPStatus.BAD_REQUEST))
+        # Its 501 (a transfer coding other than chunked) is the client's fault, too.
+        hint = getattr(sys.exception(), "error_status_hint", HTTPStatus.BAD_REQUEST)
+        status = HTTPStatus(hint if hint < 500 else HTTPStatus.BAD_REQUEST)
         message = "the request is not valid HTTP/1.1"
         if status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
             message = f"the request's header is larger than {self.limits.header_bytes} bytes"
@@ -100,6 +124,14 @@ class _GuardedProtocol(H11Protocol):
     def _had_request(self) -> bool:
         cycle: object = self.cycle  # None until there was one, whatever its annotation says
         return cycle is not None
+
+    def _is_served(self) -> bool:
+        """Whether a complete request is being answered."""
+        return (
+            self._had_request()
+            and not self.cycle.response_complete
+            and self.conn.their_state is not h11.SEND_BODY
+        )
 
     def _has_bytes(self) -> bool:
         return bool(self.conn.trailing_data[0])

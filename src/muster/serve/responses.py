@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import struct
+import uuid
+from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from muster.serve.detokenize import Decode
 from muster.serve.protocol import FinishReason, Token
+from muster.serve.tools import ToolCall, ToolReader
 
 Json = dict[str, Any]
 
@@ -125,6 +129,74 @@ class ChatShape:
         # A token that is part of a character has no text of its own, and its bytes are not known here.
         known = "\N{REPLACEMENT CHARACTER}" not in text
         return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if known else None}
+
+
+class ToolShape:
+    """ChatShape's objects, whose text may hold calls of tools."""
+
+    def __init__(self, chat: ChatShape, names: frozenset[str]) -> None:
+        self._chat, self._names = chat, names
+        self._readers: dict[int, ToolReader] = {}
+        self._calls: dict[int, int] = {}
+        """How many each choice has made."""
+
+    def opening(self, index: int) -> Json | None:
+        return self._chat.opening(index)
+
+    def delta(self, index: int, part: Outcome, offset: int) -> Json:
+        reader = self._readers.setdefault(index, ToolReader(self._names))
+        found = reader.push(part.text)
+        if part.finish_reason is not None:
+            found += reader.flush()
+        choice = self._chat.delta(index, replace(part, text="".join(_texts(found))), offset)
+        first = self._calls.get(index, 0)
+        made = [{"index": first + place} | _call(call) for place, call in enumerate(_calls(found))]
+        if made:
+            choice["delta"]["tool_calls"] = made
+        self._calls[index] = first + len(made)
+        if part.finish_reason == "stop" and self._calls[index]:
+            choice["finish_reason"] = "tool_calls"
+        return choice
+
+    def choice(self, index: int, outcome: Outcome) -> Json:
+        reader = ToolReader(self._names)
+        found = reader.push(outcome.text) + reader.flush()
+        choice = self._chat.choice(index, outcome)
+        if made := [_call(call) for call in _calls(found)]:
+            choice["message"] |= {"content": "".join(_texts(found)) or None, "tool_calls": made}
+            if outcome.finish_reason == "stop":
+                choice["finish_reason"] = "tool_calls"
+        return choice
+
+
+def _texts(found: Sequence[str | ToolCall]) -> list[str]:
+    return [part for part in found if isinstance(part, str)]
+
+
+def _calls(found: Sequence[str | ToolCall]) -> list[ToolCall]:
+    return [part for part in found if isinstance(part, ToolCall)]
+
+
+def _call(call: ToolCall) -> Json:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+
+
+def embeddings(vectors: Sequence[Sequence[float]], model_id: str, prompt_tokens: int, base64: bool) -> Json:
+    """The answer of /v1/embeddings; base64 is of little-endian fp32."""
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": _packed(vector) if base64 else vector}
+            for index, vector in enumerate(vectors)
+        ],
+        "model": model_id,
+        "usage": {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens},
+    }
+
+
+def _packed(vector: Sequence[float]) -> str:
+    return b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Json:

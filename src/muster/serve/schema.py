@@ -2,9 +2,10 @@
 
 Three ways to treat a field, each on purpose: what works is declared; what would change the answer
 but does not work here is declared and refused unless it is at its default (a client must not
-believe that its tools were obeyed); everything else (`user`, `metadata`, `store`,
+believe that it was obeyed); everything else (`metadata`, `store`,
 ...) cannot change the answer and is ignored. `top_k` and `ignore_eos` are extensions that other
-servers have too, as are the words for structured output that are not OpenAI's.
+servers have too, as are the words for structured output that are not OpenAI's, `priority` and the
+requests about tokens.
 """
 
 from __future__ import annotations
@@ -13,72 +14,27 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    model_validator,
-)
-from pydantic.functional_validators import AfterValidator, WrapValidator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from muster.serve.fields import Body, Prompts, Schema, Stop, Text, prompts_of
+from muster.serve.messages import ChatMessage, ChosenTool, Tool, ToolChoice
 from muster.serve.protocol import Guide
 from muster.serve.relay import Relay
+from muster.serve.tools import call_schema
 
 
-def _described(should: str) -> WrapValidator:
-    """One sentence for a union instead of one error for each of its branches."""
-
-    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return handler(value)
-        except ValidationError:
-            raise PydanticCustomError("type", "should be {should}", {"should": should}) from None
-
-    return WrapValidator(validate)
-
-
-def _no_surrogates(text: str) -> str:
-    """JSON can escape half a UTF-16 pair, which is no character and cannot be tokenised or sent back."""
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise PydanticCustomError("text", "holds a lone surrogate, which is not a character")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_no_surrogates)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Prompts = Annotated[
-    Text
-    | TokenIds
-    | Annotated[list[Text], Field(min_length=1)]
-    | Annotated[list[TokenIds], Field(min_length=1)],
-    _described(
-        "a string, a list of strings, a list of token ids, or a list of lists of token ids, none empty"
-    ),
-]
-Stop = Annotated[
-    Text | Annotated[list[Text], Field(max_length=16)] | None,
-    _described("a string or a list of at most 16 strings"),
-]
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class JsonSchema(_Body):
+class JsonSchema(Body):
     name: Text | None = None
-    schema_: Annotated[dict[str, Any] | bool, Field(alias="schema")] = True
+    schema_: Annotated[Schema, Field(alias="schema")] = True
     strict: bool | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     """What the answer must be, in OpenAI's words."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -94,15 +50,15 @@ class ResponseFormat(_Body):
 Choices = Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1, max_length=1000)]
 
 
-class StructuredOutputs(_Body):
+class StructuredOutputs(Body):
     """What the answer must be, in vLLM's words; one of them."""
 
-    json_: Annotated[dict[str, Any] | bool | None, Field(alias="json")] = None
+    json_: Annotated[Schema | None, Field(alias="json")] = None
     regex: Annotated[Text, Field(max_length=10_000)] | None = None
     choice: Choices | None = None
 
 
-class SamplingFields(_Body):
+class SamplingFields(Body):
     """What the two endpoints share; null always means the default."""
 
     model: Text
@@ -134,11 +90,15 @@ class SamplingFields(_Body):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     """Extension in vLLM's words, as the three older ones that follow."""
-    guided_json: dict[str, Any] | bool | None = None
+    guided_json: Schema | None = None
     guided_regex: Annotated[Text, Field(max_length=10_000)] | None = None
     guided_choice: Choices | None = None
     relay: Relay | None = None
     """Extension, see serve/relay.py: what another replica has delivered of this answer."""
+    user: Annotated[Text, Field(max_length=512)] | None = None
+    """For whom: within a priority, users are served alike (of keys that are trusted)."""
+    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+    """Extension: smaller goes first; below 0 only with a key that is trusted."""
 
     @model_validator(mode="before")
     @classmethod
@@ -223,29 +183,7 @@ class CompletionRequest(SamplingFields):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one, text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        ids = [item for item in self.prompt if isinstance(item, int)]
-        texts_or_ids = [item for item in self.prompt if not isinstance(item, int)]
-        return [ids] if ids else texts_or_ids
-
-
-class TextPart(_Body):
-    type: Literal["text"]
-    text: Text
-
-
-class ChatMessage(_Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[
-        Text | list[TextPart] | None, _described("a string or a list of {type: text, text: ...} parts")
-    ] = None
-
-    @property
-    def text(self) -> str:
-        if self.content is None or isinstance(self.content, str):
-            return self.content or ""
-        return "".join(part.text for part in self.content)
+        return prompts_of(self.prompt)
 
 
 class ChatRequest(SamplingFields):
@@ -257,21 +195,87 @@ class ChatRequest(SamplingFields):
     """The newer name of max_tokens; wins over it. Neither: up to the end of the context."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: ToolChoice = None
     functions: list[Any] | None = None
 
     @classmethod
     def _neutral(cls) -> dict[str, tuple[Any, ...]]:
-        return {
-            **super()._neutral(),
-            "tools": ([],),
-            "functions": ([],),
-            "tool_choice": ("none", "auto"),
-        }
+        return {**super()._neutral(), "functions": ([],)}
 
     @model_validator(mode="after")
-    def _top_logprobs_need_logprobs(self) -> ChatRequest:
+    def _is_consistent(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise PydanticCustomError("value", "{param} needs logprobs to be true", {"param": "top_logprobs"})
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise PydanticCustomError("value", "{param} name a function twice", {"param": "tools"})
+        wanted = self._wanted
+        if wanted is not None and not set(wanted) & set(names):
+            raise PydanticCustomError(
+                "value", "{param} asks for a tool that tools does not offer", {"param": "tool_choice"}
+            )
         return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that may be called."""
+        return [] if self.tool_choice == "none" else list(self.tools or ())
+
+    @property
+    def _wanted(self) -> list[str] | None:
+        """Names of the functions one of which must be called; None: none must."""
+        if isinstance(self.tool_choice, ChosenTool):
+            return [self.tool_choice.function.name]
+        return [tool.function.name for tool in self.tools or ()] if self.tool_choice == "required" else None
+
+    @property
+    def guides(self) -> dict[str, Guide]:
+        given, wanted = super().guides, self._wanted
+        if wanted is not None:
+            functions = [
+                tool.function.model_dump(exclude_none=True)
+                for tool in self.tools or ()
+                if tool.function.name in wanted
+            ]
+            given["tool_choice"] = Guide("json", json.dumps(call_schema(functions)))
+        return given
+
+
+class EmbeddingRequest(Body):
+    """POST /v1/embeddings."""
+
+    model: Text
+    input: Prompts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: None = None
+    """All of them; a model's hidden state cannot be cut short."""
+    user: Annotated[Text, Field(max_length=512)] | None = None
+    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize, of a text or of a chat."""
+
+    model: Text | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    add_special_tokens: bool | None = None
+    """Of a text: begin it as a prompt of /v1/completions; so by default."""
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError(
+                "value", "{param} or messages should be given, one of them", {"param": "prompt"}
+            )
+        return self
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: Text | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]

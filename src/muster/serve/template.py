@@ -14,12 +14,15 @@ from typing import Any, Protocol
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from muster.errors import UsageError
 
-Message = Mapping[str, str]
-"""{"role": ..., "content": ...}"""
+Message = Mapping[str, Any]
+"""{"role": ..., "content": ...}, both text, and what belongs to calls of tools."""
+Tools = Sequence[Mapping[str, Any]]
+"""As in OpenAI's API: {"type": "function", "function": {"name", "description", "parameters"}}."""
 
 
 class TemplateRefused(UsageError):
@@ -34,7 +37,12 @@ class ChatTemplate(Protocol):
         """Stop strings that the layout needs."""
         ...
 
-    def render(self, messages: Sequence[Message]) -> str: ...
+    @property
+    def takes_tools(self) -> bool:
+        """Whether it shows the model its tools."""
+        ...
+
+    def render(self, messages: Sequence[Message], tools: Tools = ()) -> str: ...
 
 
 class PlainTemplate:
@@ -45,8 +53,9 @@ class PlainTemplate:
     """
 
     stop = ("\nuser:", "\nsystem:")
+    takes_tools = False
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         lines = [f"{message['role']}: {message['content']}" for message in messages]
         return "\n".join([*lines, "assistant:"])
 
@@ -68,17 +77,18 @@ class JinjaTemplate:
         environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
         try:
             self._template = environment.from_string(source)
+            self.takes_tools = "tools" in find_undeclared_variables(environment.parse(source))
         except TemplateError as error:
             raise UsageError(f"the model's chat template is not valid Jinja: {error}") from None
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         """The prompt; raises TemplateRefused when the template objects or fails."""
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=True,
-                tools=None,
+                tools=[dict(tool) for tool in tools] or None,
                 documents=None,
                 **self._special_tokens,
             )

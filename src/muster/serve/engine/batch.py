@@ -53,3 +53,7 @@ class Network(Protocol):
         """Write the batch's keys and values into `cache`; fp32 logits (W, V) of its wanted rows. A row's logits are
         the same, up to the dtype's rounding, whatever else is in the batch."""
         ...
+
+    def hidden(self, batch: Batch, cache: PagedCache) -> Tensor:
+        """The same, but for what the logits are made from: the wanted rows' last hidden states (W, E)."""
+        ...

@@ -7,12 +7,14 @@ sequences are computed one by one, so that what was wrong with one fails that on
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from muster.errors import UsageError
@@ -28,6 +30,8 @@ from muster.serve.protocol import EngineError, FinishReason, Request, Stats, Tok
 from muster.serve.sampler import sample, top_logprobs
 
 _LOG = logging.getLogger(__name__)
+
+_NOT_FINITE = "the model's output is not finite (nan or inf): its weights may be damaged"
 
 Item = Token | EngineError
 
@@ -97,6 +101,8 @@ class Core:
         self._drafter, self._gain = drafter, None if always_draft else Gain()
         self._drafted = self._accepted_tokens = 0
         self._live: dict[str, _Live] = {}
+        self._embeds = 0
+        """Requests for embeddings among them."""
         self._arrivals = 0
         self._outcome = Outcome()
         self._steps = self._prompt_tokens = self._generated = 0
@@ -109,6 +115,9 @@ class Core:
     def add(self, request: Request) -> None:
         """Queue a request."""
         prompt, params = request.prompt, request.params
+        if not prompt:
+            self._outcome.items.append((request.id, EngineError("a prompt needs a token to go on from")))
+            return
         if len(request.generated) >= params.max_tokens:
             error = EngineError(
                 f"{len(request.generated)} of {params.max_tokens} tokens are generated already: nothing is left"
@@ -145,6 +154,7 @@ class Core:
             preempted=bool(request.generated),  # elsewhere: it has waited once
         )
         self._arrivals += 1
+        self._embeds += request.embed
         self._live[request.id] = _Live(
             request,
             sequence,
@@ -152,7 +162,7 @@ class Core:
             adjustment=Adjustment(params, prompt, request.generated) if Adjustment.needed(params) else None,
             matcher=matcher,
             # Guesses are for draws that depend on nothing but the tokens before.
-            guessed=matcher is None and not params.penalized,
+            guessed=matcher is None and not params.penalized and not request.embed,
         )
         self._scheduler.add(sequence)
 
@@ -179,8 +189,13 @@ class Core:
         if plan.works:
             self._steps += 1
             self._runner.prepare(plan.chores)
-            for works, logits in self._computed(plan.works):
-                self._settle(works, logits)
+            works = plan.works
+            if self._embeds:
+                for group, hidden in self._computed([w for w in works if self._embedded(w)], embed=True):
+                    self._deliver_embeddings(group, hidden)
+                works = tuple(w for w in works if w.sequence.id in self._live and not self._embedded(w))
+            for group, logits in self._computed(works):
+                self._settle(group, logits)
             if self._gain is not None and all(work.stop - work.start == 1 for work in plan.works):
                 took = time.perf_counter() - began
                 self._gain.record(len(plan.works), guess, self._generated - before, took)
@@ -223,10 +238,33 @@ class Core:
         outcome.stats = self.stats()
         return outcome
 
-    def _computed(self, works: Sequence[Work]) -> Iterator[tuple[Sequence[Work], Tensor]]:
-        """Works with their logits: all at once, or one by one where that fails."""
+    def _embedded(self, work: Work) -> bool:
+        return self._of(work).request.embed
+
+    def _deliver_embeddings(self, works: Sequence[Work], hidden: Tensor) -> None:
+        """Hand out the last hidden states (W, E) of prompts that are complete."""
+        rows = iter(F.normalize(hidden.float(), dim=-1).tolist())
+        for work in works:
+            self._prompt_tokens += work.stop - work.start
+            self._scheduler.advance(work, ())
+            if work.draws:
+                live, row = self._of(work), next(rows)
+                if all(map(math.isfinite, row)):
+                    live.sequence.sound = True
+                    token = Token(id=0, finish_reason="stop", embedding=tuple(row))
+                    self._outcome.items.append((live.request.id, token))
+                    self._forget(live)
+                else:
+                    self._end(live, EngineError(_NOT_FINITE), damaged=True)
+
+    def _computed(
+        self, works: Sequence[Work], *, embed: bool = False
+    ) -> Iterator[tuple[Sequence[Work], Tensor]]:
+        """Works with their logits or, for `embed`, hidden states: all at once, or one by one where that fails."""
+        if not works:
+            return
         try:
-            logits = self._runner.run(works)
+            logits = self._runner.run(works, hidden=embed)
         except Exception as error:
             _LOG.error("a step of %d sequences failed", len(works), exc_info=error)
             if len(works) == 1:
@@ -237,7 +275,7 @@ class Core:
             yield works, logits
             return
         for work in works:
-            yield from self._computed([work])
+            yield from self._computed([work], embed=embed)
 
     def _settle(self, works: Sequence[Work], logits: Tensor) -> None:
         """Draw, count, and hand out, from logits (W, V)."""
@@ -267,10 +305,7 @@ class Core:
                 live.guessed = False
                 continue
             if not rows:
-                error = EngineError(
-                    "the model's output is not finite (nan or inf): its weights may be damaged"
-                )
-                self._end(live, error, damaged=True)
+                self._end(live, EngineError(_NOT_FINITE), damaged=True)
                 continue
             live.sequence.sound = True
             tokens = list(self._accepted(live, work, rows, ids, logprobs))
@@ -340,6 +375,7 @@ class Core:
 
     def _forget(self, live: _Live, *, damaged: bool = False) -> None:
         del self._live[live.request.id]
+        self._embeds -= live.request.embed
         self._scheduler.remove(live.sequence, damaged=damaged)
         if self._drafter is not None:
             self._drafter.forget(live.request.id)

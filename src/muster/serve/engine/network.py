@@ -64,6 +64,11 @@ class TransformerNetwork:
     @torch.inference_mode()
     def logits(self, batch: Batch, cache: PagedCache) -> Tensor:
         """fp32 logits (W, V) of the wanted rows, after writing the batch's keys and values into the cache."""
+        return self._head(self.hidden(batch, cache))
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, cache: PagedCache) -> Tensor:
+        """The last hidden states (W, E) of the wanted rows, after the final norm."""
         self._kernels.check(batch, cache, self.spec.vocab)
         x = F.embedding(batch.tokens, self._embed)  # (N, E)
         if self._positions is not None:
@@ -75,7 +80,7 @@ class TransformerNetwork:
         if len(batch.wanted) < len(x):
             x = x[batch.wanted]
             residual = None if residual is None else residual[batch.wanted]
-        return self._head(self._norm(x, residual))
+        return self._norm(x, residual)
 
 
 class _Layer:

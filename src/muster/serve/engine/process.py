@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from muster.errors import DoesNotFit, MusterError, UsageError
-from muster.serve.crossing import Streams
+from muster.serve.crossing import WAITING_S, Streams
 from muster.serve.engine.thread import WAITING_LIMIT, WAITING_TOKENS
 from muster.serve.engine.wire import Wire, from_request, to_outcome
 from muster.serve.protocol import Request, Stats, Token
@@ -47,13 +47,14 @@ class ProcessEngine:
         *,
         waiting_limit: int = WAITING_LIMIT,
         waiting_tokens: int = WAITING_TOKENS,
+        waiting_s: float = WAITING_S,
         restarts: int = RESTARTS,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._setup, self._restarts, self.on_end = setup, restarts, on_end
         self.failure: str | None = None
         """Why it has ended for good."""
-        self._streams = Streams(waiting_limit, waiting_tokens)
+        self._streams = Streams(waiting_limit, waiting_tokens, waiting_s)
         self._stats = Stats()
         self._closing = False
         self._ends: deque[float] = deque(maxlen=restarts + 1)
@@ -79,6 +80,9 @@ class ProcessEngine:
         stream = self._streams.open(request)
         self._send({"add": from_request(request)})
         return stream
+
+    def check(self) -> None:
+        self._streams.check()
 
     def cancel(self, request_id: str) -> None:
         if self._streams.drop(request_id):
@@ -138,7 +142,7 @@ class ProcessEngine:
                     self._give_up(f"{cause}, {len(self._ends)} times within {RESTART_WINDOW_S:.0f} s")
                     return
                 _LOG.error("%s; it is started again", cause)
-                self._stats = Stats()
+                self._stats = Stats(ready=False)
                 self._process, self._wire = self._start()
                 messages = self._wire.messages()
                 self._streams.fail(f"{cause}; send the request again", for_good=False)
@@ -147,6 +151,7 @@ class ProcessEngine:
             except MusterError as error:
                 self._give_up(f"{cause}, and could not be started again: {error}")
                 return
+            self._stats = Stats()
 
     def _give_up(self, cause: str) -> None:
         self.failure = cause

@@ -35,11 +35,14 @@ class Runner:
                     else:
                         layer[chore.target].zero_()
 
-    def run(self, works: Sequence[Work]) -> Tensor:
-        """Logits (W, V) fp32: for each work that draws, its last token's row and one for each guess."""
+    def run(self, works: Sequence[Work], *, hidden: bool = False) -> Tensor:
+        """Logits (W, V) fp32: for each work that draws, its last token's row and one for each guess. `hidden`: instead
+        the last hidden states (W, E) that they come from."""
         batch = make_batch(works, self._cache.block_tokens)
         if self._device.type != "cpu":
             batch = _moved(batch, self._device)
+        if hidden:
+            return self._network.hidden(batch, self._cache)
         logits = self._network.logits(batch, self._cache)
         return logits if self._vocab is None else logits[:, : self._vocab]
 

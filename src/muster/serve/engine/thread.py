@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 import torch
 
-from muster.serve.crossing import Inbox, Streams
+from muster.serve.crossing import WAITING_S, Inbox, Streams
 from muster.serve.engine.core import Core, Outcome
 from muster.serve.protocol import Request, Stats, Token
 
@@ -27,11 +27,12 @@ class ThreadEngine:
         *,
         waiting_limit: int = WAITING_LIMIT,
         waiting_tokens: int = WAITING_TOKENS,
+        waiting_s: float = WAITING_S,
         threads: int | None = None,
     ) -> None:
         self._core = core
         self._threads = threads
-        self._streams = Streams(waiting_limit, waiting_tokens)
+        self._streams = Streams(waiting_limit, waiting_tokens, waiting_s)
         self._inbox = Inbox()
         self._stats = core.stats()
         self._thread = threading.Thread(target=self._run, name="muster-engine", daemon=True)
@@ -41,6 +42,9 @@ class ThreadEngine:
         stream = self._streams.open(request)
         self._inbox.put(request)
         return stream
+
+    def check(self) -> None:
+        self._streams.check()
 
     def cancel(self, request_id: str) -> None:
         if self._streams.drop(request_id):

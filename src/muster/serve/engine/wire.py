@@ -80,7 +80,7 @@ def from_outcome(outcome: Outcome) -> dict[str, Any]:
     items = [
         [id, str(item)]
         if isinstance(item, EngineError)
-        else [id, item.id, item.logprob, item.top_logprobs, item.finish_reason]
+        else [id, item.id, item.logprob, item.top_logprobs, item.finish_reason, item.embedding]
         for id, item in outcome.items
     ]
     return {"items": items, "admitted": outcome.admitted, "stats": outcome.stats}
@@ -94,5 +94,11 @@ def to_outcome(plain: dict[str, Any]) -> Outcome:
 def _to_item(values: list[Any]) -> Item:
     if len(values) == 1:
         return EngineError(values[0])
-    id, logprob, top, reason = values
-    return Token(id=id, logprob=logprob, top_logprobs=tuple(map(tuple, top)), finish_reason=reason)
+    id, logprob, top, reason, embedding = values
+    return Token(
+        id=id,
+        logprob=logprob,
+        top_logprobs=tuple(map(tuple, top)),
+        finish_reason=reason,
+        embedding=tuple(embedding),
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -13,31 +12,33 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from muster.serve.body import BodyGuard
 from muster.serve.connection import while_connected
 from muster.serve.failures import error_response
+from muster.serve.gate import Front, Gate
 from muster.serve.router.asked import read
 from muster.serve.router.fleet import Fleet
 from muster.serve.router.forward import Incoming, forward, named, sent_on
 from muster.serve.router.upstream import Headers
+from muster.serve.visit import Visit
 
 _LOG = logging.getLogger(__name__)
 
 
-def build_app(fleet: Fleet, *, body_bytes: int) -> ASGIApp:
+def build_app(fleet: Fleet, front: Front, *, body_bytes: int) -> ASGIApp:
     """An ASGI app in front of a fleet."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        own = _own(scope["path"], fleet) if scope["method"] == "GET" else None
+        own = _own(scope["path"], fleet, front) if scope["method"] == "GET" else None
         if own is not None:
             await own(scope, receive, send)
             return
         with contextlib.suppress(ClientDisconnect):
             await _pass_on(scope, receive, send, fleet)
 
-    return BodyGuard(app, body_bytes)
+    return Gate(BodyGuard(app, body_bytes), front)
 
 
-def _own(path: str, fleet: Fleet) -> Response | None:
+def _own(path: str, fleet: Fleet, front: Front) -> Response | None:
     """What the router answers itself."""
     if path == "/health":
         replicas = [
@@ -52,7 +53,8 @@ def _own(path: str, fleet: Fleet) -> Response | None:
         relays = all(one.relays for one in fleet.replicas)
         return JSONResponse({"status": "ok", "relay": relays, "replicas": replicas})
     if path == "/health/ready":
-        return JSONResponse({"status": "ready" if fleet.ready else "starting"}, 200 if fleet.ready else 503)
+        phase = front.phase if fleet.ready or front.phase == "draining" else "starting"
+        return JSONResponse({"status": phase}, 200 if phase == "ready" else 503)
     if path == "/metrics":
         return PlainTextResponse(figures(fleet), media_type="text/plain; version=0.0.4")
     return None
@@ -68,13 +70,12 @@ async def _pass_on(scope: Scope, receive: Receive, send: Send, fleet: Fleet) -> 
         if not message.get("more_body", False):
             break
     begun = False
-    given = dict(scope["headers"])
-    request_id = given.get(b"x-request-id") or secrets.token_hex(16).encode()
+    request_id = Visit.of(scope).id.encode()
 
     async def begin(status: int, headers: Headers) -> None:
         nonlocal begun
         begun = True
-        await send({"type": "http.response.start", "status": status, "headers": named(headers, request_id)})
+        await send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(data: bytes) -> None:
         await send({"type": "http.response.body", "body": data, "more_body": True})

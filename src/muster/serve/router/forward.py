@@ -32,7 +32,7 @@ _OF_THE_CONNECTION = frozenset(
     b"connection keep-alive proxy-authenticate proxy-connection te trailer transfer-encoding upgrade".split()
 )
 _NOT_SENT_ON = _OF_THE_CONNECTION | frozenset(b"host content-length expect accept-encoding".split())
-_NOT_SENT_BACK = _OF_THE_CONNECTION | frozenset(b"content-length date server".split())
+_NOT_SENT_BACK = _OF_THE_CONNECTION | frozenset(b"content-length date server x-request-id".split())
 
 Begin = Callable[[int, Headers], Awaitable[None]]
 Write = Callable[[bytes], Awaitable[None]]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from muster.errors import UsageError
+from muster.serve.gate import Front
 from muster.serve.limits import Limits
 from muster.serve.router.app import build_app
 from muster.serve.router.fleet import Fleet, Replica
@@ -40,8 +42,17 @@ class Local:
 class Router:
     """Routes to replicas that it starts, or to the servers at some addresses. Raises UsageError for wrong ones."""
 
-    def __init__(self, sock: socket.socket, behind: Local | Sequence[str], policy: Policy) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        behind: Local | Sequence[str],
+        policy: Policy,
+        front: Front | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self._sock, self._behind = sock, behind
+        self._url = url_of(sock, secure=tls is not None)
+        front = front or Front()
         if isinstance(behind, Local):
             replicas = [Replica(index, str(index)) for index in range(behind.replicas)]
         else:
@@ -52,8 +63,8 @@ class Router:
             replicas = [Replica(index, one.url, one) for index, one in enumerate(upstreams)]
         self.fleet = Fleet(replicas, policy)
         limits = Limits(context_tokens=0, body_bytes=BODY_BYTES)
-        app = build_app(self.fleet, body_bytes=BODY_BYTES)
-        self._server = _Server(app, limits, on_ready=self._on_ready)
+        app = build_app(self.fleet, front, body_bytes=BODY_BYTES)
+        self._server = _Server(app, limits, on_ready=self._on_ready, front=front, tls=tls)
         self._server.on_end = self._on_end
         self._tasks: list[asyncio.Task[None]] = []
         self._supervisor: Supervisor | None = None
@@ -123,7 +134,7 @@ class Router:
         while not self.fleet.ready:
             await self.fleet.wait()
         _say(f"policy {self.fleet.policy}: {REASONS[self.fleet.policy]}")
-        _say(f"serving {len(self.fleet.replicas)} replicas on {url_of(self._sock)}")
+        _say(f"serving {len(self.fleet.replicas)} replicas on {self._url}")
 
 
 class _Server(Server):

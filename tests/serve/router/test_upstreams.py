@@ -15,6 +15,8 @@ import pytest
 
 from muster.cli.serve import serve
 from muster.errors import UsageError
+from muster.serve.gate import Front
+from muster.serve.keys import read_keys
 from muster.serve.router.forward import DEATHS
 from muster.serve.router.run import Router
 from muster.serve.server import bind, url_of
@@ -105,10 +107,10 @@ def route() -> Callable[..., AbstractContextManager[str]]:
     """`with route(URL, ...) as url`: a router in a thread, once all its servers are ready."""
 
     @contextlib.contextmanager
-    def run(*urls: str, ready: int | None = None) -> Iterator[str]:
+    def run(*urls: str, ready: int | None = None, front: Front | None = None) -> Iterator[str]:
         sock = bind("127.0.0.1", 0)
         url = url_of(sock)
-        router = Router(sock, urls, "round-robin")
+        router = Router(sock, urls, "round-robin", front)
         thread = threading.Thread(target=router.run)
         thread.start()
         try:
@@ -194,6 +196,21 @@ def test_a_request_that_kills_is_not_sent_to_all(other: Foreign, route: Any) -> 
             assert answer.status_code == 502
             assert f"{DEATHS} replicas died" in answer.json()["error"]["message"]
         assert sum(len(server.bodies) for server in servers) == DEATHS
+
+
+def test_keys_are_asked_for_here_and_passed_on(other: Foreign, route: Any) -> None:
+    key = "0123456789abcdef"
+    front = Front(keys=read_keys(None, {"MUSTER_KEYS": key}))
+    with other() as server, route(server.url, front=front) as url:
+        for headers in ({}, {"Authorization": "Bearer other-key-other"}):
+            assert httpx.post(f"{url}/v1/completions", json=BODY, headers=headers).status_code == 401
+        assert httpx.get(f"{url}/metrics").status_code == 401
+        assert not server.bodies
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = httpx.post(f"{url}/v1/completions", json=BODY, headers=headers)
+        assert texts(answer.content) == ["0", "1", "2", "3", "4"]
+        assert len(answer.headers.get_list("x-request-id")) == 1
+        assert server.headers[0]["authorization"] == f"Bearer {key}"
 
 
 def test_a_server_that_is_not_there_is_left_out(other: Foreign, route: Any) -> None:

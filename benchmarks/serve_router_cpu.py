@@ -233,6 +233,7 @@ def load(url: str, workload: Workload, concurrency: int) -> dict[str, Any]:
         server = Server(url)
         model = await server.model()
         sent = list(requests(workload))
+        random.Random(workload.seed).shuffle(sent)  # groups in turn would be the worst that a cache can meet
         outcomes = await closed_loop(server, model, sent, concurrency=concurrency, tell=lambda outcome: None)
         return summarize(outcomes, Objective())
 

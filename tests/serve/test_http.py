@@ -47,7 +47,8 @@ def raw_post(path: str, fields: dict[str, Any]) -> bytes:
 
 
 def test_health_and_models(served: Any, client: openai.OpenAI) -> None:
-    assert httpx.get(f"{served.url}/health").json() == {"status": "ok", "model": "tiny"}
+    health = httpx.get(f"{served.url}/health").json()
+    assert health == {"status": "ok", "model": "tiny", "relay": True}
     assert [card.id for card in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "muster"
     with pytest.raises(openai.NotFoundError, match="'other' is not served here; use 'tiny'"):

@@ -11,7 +11,7 @@ from muster.errors import MissingExtra, MusterError, UsageError
 
 
 def serve(
-    path: Path,
+    path: Path | None = None,
     *,
     host: str | None = None,
     port: int | None = None,
@@ -22,6 +22,10 @@ def serve(
     tensor: int | None = None,
     pipeline: int | None = None,
     follow: bool = False,
+    replicas: int | None = None,
+    upstream: list[str] | None = None,
+    policy: Literal["prefix", "tokens", "round-robin"] = "prefix",
+    manifest: Literal["kubernetes"] | None = None,
     max_wait: float = 60.0,
     keys: Path | None = None,
     tls_cert: Path | None = None,
@@ -30,7 +34,7 @@ def serve(
     tokens_per_minute: int | None = None,
     access_log: Path | None = None,
 ) -> None:
-    """Serve a model over HTTP, with the completions and chat API of OpenAI.
+    """Serve a model over HTTP, with the completions and chat API of OpenAI; or route to several servers.
 
     Stops cleanly on Ctrl-C or SIGTERM: new requests are refused, and those under way are finished first.
 
@@ -59,6 +63,17 @@ def serve(
         Ranks over which the layers are divided. Default: the run file's serve.layout, else 1.
     follow
         Take up newer checkpoints of the run while serving, without dropping a request.
+    replicas
+        Serve so many processes of the model behind a router, which starts a dead one again and lets another finish its
+        answers.
+    upstream
+        Address of a server that runs already, instead of a model: route to it; several times for several. Any
+        OpenAI-compatible kind will do.
+    policy
+        Which replica gets a request: `prefix`, that which knows its prompt's beginning, unless it is too busy;
+        `tokens`, that with the least to do; `round-robin`, each in its turn.
+    manifest
+        Print the YAML that runs the replicas and the router on Kubernetes, instead of running them here.
     max_wait
         Seconds that a request may have to wait before it is begun; one that would be likely to wait longer is refused
         at once, and told when to come again.
@@ -96,6 +111,41 @@ def serve(
     for name, rate in (("requests", requests_per_minute), ("tokens", tokens_per_minute)):
         if rate is not None and rate < 1:
             raise UsageError(f"--{name}-per-minute {rate} should be at least 1")
+    if replicas is not None or upstream or manifest is not None or path is None:
+        if tokens_per_minute is not None:
+            raise UsageError(
+                "--tokens-per-minute is not counted by a router: give it to the servers behind it"
+            )
+        from muster.cli.route import route
+
+        given = {
+            "--streams": streams,
+            "--context": context,
+            "--dtype": dtype,
+            "--draft": draft,
+            "--tensor": tensor,
+            "--pipeline": pipeline,
+            "--max-wait": max_wait,
+            "--keys": keys,
+        }
+        options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
+        options += ["--follow"] if follow else []
+        route(
+            path,
+            replicas=replicas,
+            upstream=upstream or (),
+            policy=policy,
+            host=host,
+            port=port,
+            options=options,
+            manifest=manifest is not None,
+            keys=keys,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            requests_per_minute=requests_per_minute,
+            access_log=access_log,
+        )
+        return
     try:
         from muster.serve.engine.process import ProcessEngine
         from muster.serve.gate import Front

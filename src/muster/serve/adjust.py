@@ -16,7 +16,7 @@ from muster.serve.protocol import SamplingParams
 class Adjustment:
     """One sequence's tokens so far, and what its parameters make of them."""
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], answer: Sequence[int] = ()) -> None:
         self.params = params
         # Arrays, so that a step makes its tensors without looking at the tokens one by one.
         self.all = array("q", dict.fromkeys(prompt))
@@ -29,6 +29,8 @@ class Adjustment:
         self.added = array("f", [value for _, value in params.logit_bias])
         self._known = set(self.all)
         self._where: dict[int, int] = {}
+        for token in answer:
+            self.push(token)
 
     @staticmethod
     def needed(params: SamplingParams) -> bool:

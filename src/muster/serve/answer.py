@@ -10,26 +10,26 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any
 
-import orjson
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from muster.serve.connection import event, while_connected
 from muster.serve.detokenize import Decode
 from muster.serve.failures import describe
 from muster.serve.generation import Generation, Piece
 from muster.serve.intake import Job
 from muster.serve.metrics import Metrics
 from muster.serve.protocol import Engine
+from muster.serve.relay import LOST, Progress, mark
 from muster.serve.responses import Json, Outcome, usage
 from muster.serve.visit import Visit
 
 _LOG = logging.getLogger(__name__)
-_Result = TypeVar("_Result")
 
 
 class Answer:
@@ -40,20 +40,33 @@ class Answer:
     ) -> None:
         self._job, self._visit, self._metrics = job, visit, metrics
         prefix = "chatcmpl" if job.object == "chat.completion" else "cmpl"
+        relay = job.relay
         self._head = {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
+            "id": relay.id if relay else f"{prefix}-{uuid.uuid4().hex}",
+            "created": relay.created if relay else int(time.time()),
             "model": model_id,
         }
+        self._before = [relay.of(index) if relay else None for index in range(len(job.requests))]
+        self._outcomes = [Outcome() for _ in job.requests]
         self._generations: list[Generation] = []
+        self._indices: list[int] = []
+        """The choice of each generation."""
         try:
-            for request in job.requests:
-                self._generations.append(Generation(engine, decode, request, job.stop))
+            for index, (request, before) in enumerate(zip(job.requests, self._before, strict=True)):
+                if before is not None and before.finished:
+                    self._outcomes[index].generated_tokens = before.generated
+                    continue
+                delivered = before.characters if before else 0
+                generation = Generation(engine, decode, request, job.stop, delivered)
+                self._outcomes[index].text = generation.delivered
+                if before is not None:  # shapes may read the text as it comes
+                    self._job.shape.delta(index, Outcome(text=generation.delivered), 0)
+                self._generations.append(generation)
+                self._indices.append(index)
         except BaseException:
             self.close()
             raise
-        self._outcomes = [Outcome() for _ in self._generations]
-        self._came_s: list[float | None] = [None for _ in self._generations]
+        self._came_s: list[float | None] = [None for _ in job.requests]
         """When the latest piece of each choice came."""
 
     def close(self) -> None:
@@ -83,24 +96,26 @@ class Answer:
     async def _collect(self, timeout_s: float) -> None:
         async with asyncio.timeout(timeout_s):
             async with aclosing(merge(self._generations)) as pieces:
-                async for index, piece in pieces:
-                    self._extend(index, piece)
+                async for number, piece in pieces:
+                    self._extend(self._indices[number], piece)
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The answer as server-sent events, usage and [DONE] included; a failure becomes an error event."""
-        for index in range(len(self._generations)):
-            opening = self._job.shape.opening(index)
+        for index in self._indices:
+            opening = self._job.shape.opening(index) if self._before[index] is None else None
             if opening is not None:
-                yield self._chunk([opening])
+                yield self._mark(index) + self._chunk([opening])
         try:
             async with aclosing(merge(self._generations)) as pieces:
-                async for index, piece in pieces:
+                async for number, piece in pieces:
+                    index = self._indices[number]
                     offset = len(self._outcomes[index].text)
                     part = self._extend(index, piece)
-                    yield self._chunk([self._job.shape.delta(index, part, offset)])
+                    chunk = self._chunk([self._job.shape.delta(index, part, offset)])
+                    yield self._mark(index, part) + chunk
         except Exception as error:
             _LOG.error("a stream failed", exc_info=error)
-            yield event(describe(error))
+            yield (LOST + b"\n" if self._job.relay else b"") + event(describe(error))
             return
         if self._job.include_usage:
             yield self._chunk([], usage=self._usage())
@@ -121,6 +136,21 @@ class Answer:
         outcome.generated_tokens = piece.generated_tokens
         outcome.finish_reason = piece.finish_reason
         return Outcome(text=piece.text, tokens=list(piece.tokens), finish_reason=piece.finish_reason)
+
+    def _mark(self, index: int, part: Outcome | None = None) -> bytes:
+        """In front of an event, for a router that would have another replica go on from there."""
+        if self._job.relay is None:
+            return b""
+        so_far = self._outcomes[index]
+        return mark(
+            Progress.model_construct(
+                index=index,
+                ids=[token.id for token in part.tokens] if part else [],
+                characters=len(so_far.text),
+                generated=so_far.generated_tokens,
+                finished=so_far.finish_reason is not None,
+            )
+        )
 
     def _chunk(self, choices: Sequence[Json], **more: Any) -> bytes:
         kind = self._job.object
@@ -160,31 +190,6 @@ class StreamedAnswer(Response):
         except TimeoutError as error:
             await send({"type": "http.response.body", "body": event(describe(error)), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def event(content: Json) -> bytes:
-    """One server-sent event with a JSON payload."""
-    return b"data: " + orjson.dumps(content) + b"\n\n"
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Run `work`, cancelled as soon as the client disconnects (raises ClientDisconnect)."""
-    working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_disconnected(receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientDisconnect
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Piece]]:

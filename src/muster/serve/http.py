@@ -16,9 +16,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from muster.serve import document, failures, metrics
-from muster.serve.answer import Answer, StreamedAnswer, while_connected
+from muster.serve.answer import Answer, StreamedAnswer
 from muster.serve.body import BodyGuard
 from muster.serve.codec import TextCodec
+from muster.serve.connection import while_connected
 from muster.serve.failures import RequestError
 from muster.serve.gate import Front, Gate
 from muster.serve.intake import Job, read_chat, read_completion, read_embedding
@@ -89,7 +90,7 @@ def build_app(
 
     @app.get("/health", **document.HEALTH)
     async def health() -> Json:
-        return {"status": "ok", "model": model_id}
+        return {"status": "ok", "model": model_id, "relay": True}  # extension: see serve/relay.py
 
     @app.get("/health/ready", **document.READY)
     async def ready() -> Response:

@@ -20,6 +20,7 @@ from muster.serve.keys import Client
 from muster.serve.limits import Limits
 from muster.serve.messages import ChatMessage, Tool
 from muster.serve.protocol import Guide, Request, SamplingParams
+from muster.serve.relay import Relay
 from muster.serve.responses import ChatShape, CompletionShape, Shape, ToolShape
 from muster.serve.schema import ChatRequest, CompletionRequest, EmbeddingRequest, SamplingFields
 from muster.serve.template import TemplateRefused
@@ -40,6 +41,7 @@ class Job:
     stream: bool
     include_usage: bool
     prompt_tokens: int
+    relay: Relay | None = None
 
 
 def read_completion(body: CompletionRequest, codec: TextCodec, limits: Limits, client: Client) -> Job:
@@ -60,6 +62,7 @@ def read_completion(body: CompletionRequest, codec: TextCodec, limits: Limits, c
         stream=bool(body.stream),
         include_usage=body.include_usage,
         prompt_tokens=sum(map(len, prompts)),
+        relay=body.relay,
     )
 
 
@@ -80,6 +83,7 @@ def read_chat(body: ChatRequest, codec: TextCodec, limits: Limits, client: Clien
         stream=bool(body.stream),
         include_usage=body.include_usage,
         prompt_tokens=len(prompt),
+        relay=body.relay,
     )
 
 
@@ -159,7 +163,9 @@ def _requests(
             param="logit_bias",
         )
     guide = _checked_guide(body, codec)
-    requests = []
+    if body.relay is not None and body.relay.choices and not body.stream:
+        raise RequestError(400, "only a stream can be continued; send stream: true", param="relay")
+    requests: list[Request] = []
     for prompt in prompts:
         tokens = _completion_tokens(len(prompt), max_tokens, default_tokens, limits.context_tokens)
         for choice in range(n):
@@ -178,8 +184,29 @@ def _requests(
                 logit_bias=tuple(sorted(bias.items())),
                 guide=guide,
             )
-            requests.append(Request(id=uuid.uuid4().hex, prompt=prompt, params=params, **who))
+            generated = _generated(body.relay, len(requests), params, codec)
+            requests.append(
+                Request(id=uuid.uuid4().hex, prompt=prompt, params=params, generated=generated, **who)
+            )
     return requests
+
+
+def _generated(relay: Relay | None, index: int, params: SamplingParams, codec: TextCodec) -> tuple[int, ...]:
+    """Ids of a choice that another replica has delivered."""
+    progress = None if relay is None else relay.of(index)
+    if progress is None or (not progress.ids and not progress.finished):
+        return ()
+    ids = tuple(progress.ids)
+    wrong: str | None = None
+    if ids and max(ids) >= codec.tokenizer.vocab:
+        wrong = f"token id {max(ids)} is outside the vocabulary of {codec.tokenizer.vocab} tokens"
+    elif not progress.finished and len(ids) >= params.max_tokens:
+        wrong = f"{len(ids)} tokens are delivered already, of max_tokens {params.max_tokens}"
+    elif not progress.finished and not params.stop_ids.isdisjoint(ids):
+        wrong = "the end of sequence is delivered already"
+    if wrong is not None:
+        raise RequestError(400, f"choice {index} cannot be continued: {wrong}", param="relay")
+    return ids
 
 
 def _checked_guide(body: SamplingFields, codec: TextCodec) -> Guide | None:

@@ -78,6 +78,9 @@ class Request:
     """Smaller goes first."""
     client: str = ""
     """Who asks: within a priority, clients are served alike."""
+    generated: tuple[int, ...] = ()
+    """What another engine has generated already: fewer than `max_tokens` ids, which come first and are not
+    delivered again. What follows is what that engine would have gone on with, draws included if a seed is given."""
     embed: bool = False
     """Deliver, instead of tokens, one that carries the prompt's embedding."""
 

@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 from muster.serve.fields import Body, Prompts, Schema, Stop, Text, prompts_of
 from muster.serve.messages import ChatMessage, ChosenTool, Tool, ToolChoice
 from muster.serve.protocol import Guide
+from muster.serve.relay import Relay
 from muster.serve.tools import call_schema
 
 
@@ -92,6 +93,8 @@ class SamplingFields(Body):
     guided_json: Schema | None = None
     guided_regex: Annotated[Text, Field(max_length=10_000)] | None = None
     guided_choice: Choices | None = None
+    relay: Relay | None = None
+    """Extension, see serve/relay.py: what another replica has delivered of this answer."""
     user: Annotated[Text, Field(max_length=512)] | None = None
     """For whom: within a priority, users are served alike (of keys that are trusted)."""
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None

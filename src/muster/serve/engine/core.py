@@ -119,6 +119,12 @@ class Core:
         if not prompt:
             self._outcome.items.append((request.id, EngineError("a prompt needs a token to go on from")))
             return
+        if len(request.generated) >= params.max_tokens:
+            error = EngineError(
+                f"{len(request.generated)} of {params.max_tokens} tokens are generated already: nothing is left"
+            )
+            self._outcome.items.append((request.id, error))
+            return
         if len(prompt) + params.max_tokens > self._context_tokens:
             error = EngineError(
                 f"{len(prompt)} tokens of prompt and {params.max_tokens} to generate exceed the context of "
@@ -136,14 +142,17 @@ class Core:
             except UsageError as refusal:
                 self._outcome.items.append((request.id, EngineError(str(refusal))))
                 return
+            for id in request.generated:
+                matcher.push(id)
         sequence = Scheduled(
             id=request.id,
             arrival=self._arrivals,
-            tokens=list(prompt),
+            tokens=[*prompt, *request.generated],
             prompt_tokens=len(prompt),
             root=self._root,
             priority=request.priority,
             client=request.client,
+            preempted=bool(request.generated),  # elsewhere: it has waited once
         )
         self._arrivals += 1
         self._embeds += request.embed
@@ -151,7 +160,7 @@ class Core:
             request,
             sequence,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
-            adjustment=Adjustment(params, prompt) if Adjustment.needed(params) else None,
+            adjustment=Adjustment(params, prompt, request.generated) if Adjustment.needed(params) else None,
             matcher=matcher,
             # Guesses are for draws that depend on nothing but the tokens before.
             guessed=matcher is None and not params.penalized and not request.embed,

@@ -72,7 +72,8 @@ def to_request(plain: dict[str, Any]) -> Request:
     params["stop_ids"] = frozenset(params["stop_ids"])
     params["logit_bias"] = tuple((id, value) for id, value in params["logit_bias"])
     params["guide"] = None if guide is None else Guide(**guide)
-    return Request(**plain | {"prompt": tuple(plain["prompt"]), "params": SamplingParams(**params)})
+    ids = {name: tuple(plain[name]) for name in ("prompt", "generated")}
+    return Request(**plain | ids | {"params": SamplingParams(**params)})
 
 
 def from_outcome(outcome: Outcome) -> dict[str, Any]:

@@ -1,0 +1,201 @@
+"""One request's way: to a replica, its answer back, and on at another when that one dies.
+
+Whatever the client has not seen can be asked for again, as answers depend on body and seed alone. A stream of which
+it has seen a part goes on from there at a replica that knows how (`serve/relay.py`); at others it ends with an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from muster.serve.connection import event
+from muster.serve.failures import error_body
+from muster.serve.router.asked import Asked
+from muster.serve.router.fleet import Attempt, Fleet
+from muster.serve.router.trail import Trail
+from muster.serve.router.upstream import Exchange, Gone, Headers
+
+_LOG = logging.getLogger(__name__)
+
+WAIT_S = 30.0
+"""Longest time without a replica before a request is given up: a dead one has started again by then."""
+DEATHS = 3
+"""Replicas that may die under one request: it may be what kills them."""
+RETRIED = frozenset({429, 500, 502, 503, 504})
+"""Statuses that another replica may answer better."""
+_OF_THE_CONNECTION = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-connection te trailer transfer-encoding upgrade".split()
+)
+_NOT_SENT_ON = _OF_THE_CONNECTION | frozenset(b"host content-length expect accept-encoding".split())
+_NOT_SENT_BACK = _OF_THE_CONNECTION | frozenset(b"content-length date server x-request-id".split())
+
+Begin = Callable[[int, Headers], Awaitable[None]]
+Write = Callable[[bytes], Awaitable[None]]
+
+
+@dataclass(kw_only=True, slots=True)
+class Incoming:
+    """A client's request, and where its answer goes."""
+
+    method: str
+    target: str
+    headers: Headers
+    asked: Asked
+    begin: Begin
+    write: Write
+    begun: bool = False
+    """Whether the client has got a part of the answer."""
+    trail: Trail | None = None
+    avoided: set[int] = field(default_factory=set)
+    deaths: int = 0
+    tokens: int = 0
+
+
+async def forward(incoming: Incoming, fleet: Fleet) -> None:
+    """Answer a request, come what may."""
+    fleet.budget.arrived()
+    asked = incoming.asked
+    if asked.streams:
+        prefix = "cmpl" if incoming.target.startswith("/v1/completions") else "chatcmpl"
+        incoming.trail = Trail(f"{prefix}-{secrets.token_hex(16)}", int(time.time()))
+    until_s = time.monotonic() + WAIT_S
+    while True:
+        replica = fleet.choose(asked, incoming.avoided, relaying=incoming.begun)
+        if replica is None:
+            if time.monotonic() > until_s:
+                await _fail(incoming, 503, "no replica is ready; retry later")
+                return
+            await fleet.wait()
+            continue
+        relays = bool(replica.relays)
+        try:
+            with fleet.attempt(replica, asked, incoming.tokens) as attempt:
+                if await _attempt(incoming, fleet, attempt, until_s):
+                    return
+        except Gone as gone:
+            incoming.avoided.add(replica.index)
+            incoming.deaths += gone.had_it
+            _LOG.warning("%s", gone)
+            if incoming.begun and not relays:
+                await _fail(
+                    incoming, 502, "the server died, and its kind cannot go on elsewhere: send it again"
+                )
+                return
+            if incoming.deaths >= DEATHS:
+                await _fail(incoming, 502, f"{DEATHS} replicas died with this request")
+                return
+            if gone.had_it:
+                replica.deaths += 1
+                fleet.failovers += 1
+                until_s = time.monotonic() + WAIT_S
+
+
+async def _attempt(incoming: Incoming, fleet: Fleet, attempt: Attempt, until_s: float) -> bool:
+    """Try one replica; whether the client has its answer. Raises Gone."""
+    asked, trail = incoming.asked, incoming.trail
+    relays = trail is not None and bool(attempt.replica.relays)
+    body = asked.body
+    if asked.generates and attempt.replica.relays:
+        body = asked.with_fields(relay=trail.relay) if trail is not None else asked.with_fields()
+    exchange = await attempt.upstream.send(incoming.method, incoming.target, incoming.headers, body)
+    try:
+        refused = exchange.status in RETRIED or (incoming.begun and exchange.status >= 400)
+        if refused and await _may_retry(incoming, fleet, attempt, exchange, until_s):
+            return False
+        attempt.succeeded() if exchange.status < 500 else attempt.failed()
+        if exchange.status == 200 and exchange.streams:
+            return await _stream(incoming, fleet, attempt, exchange, trail if relays else None)
+        content = await exchange.whole()
+        attempt.delivered(asked.output_tokens)
+        if incoming.begun:
+            await _fail(incoming, 502, "no other replica could go on with the answer")
+            return True
+        await _begin(incoming, exchange, (b"content-length", str(len(content)).encode()))
+        await incoming.write(content)
+        return True
+    finally:
+        exchange.close()
+
+
+async def _may_retry(
+    incoming: Incoming, fleet: Fleet, attempt: Attempt, exchange: Exchange, until_s: float
+) -> bool:
+    """Whether a refusal is tried elsewhere: where somebody else is left, and the budget allows it. An answer that
+    has begun is worth waiting for."""
+    incoming.avoided.add(attempt.replica.index)
+    others = [one for one in fleet.replicas if one.ready and one.index not in incoming.avoided]
+    if incoming.begun:
+        if time.monotonic() > until_s:
+            return False
+        if not others:
+            await fleet.wait()
+    elif not others or not fleet.budget.take():
+        return False
+    if exchange.status >= 500:
+        attempt.failed()
+    fleet.retries += 1
+    return True
+
+
+async def _stream(
+    incoming: Incoming, fleet: Fleet, attempt: Attempt, exchange: Exchange, trail: Trail | None
+) -> bool:
+    """Pass a stream on as it comes; whether it came to its end."""
+    if trail is not None:
+        trail.restart()
+    async with aclosing(exchange.pieces()) as pieces:
+        async for piece in pieces:
+            if trail is None:
+                attempt.delivered(piece.count(b"\ndata:") + piece.startswith(b"data:"))
+            else:
+                piece = trail.feed(piece)
+                incoming.tokens += trail.new_tokens
+                attempt.delivered(trail.new_tokens)
+                if trail.lost and incoming.deaths < DEATHS - 1 and fleet.budget.take():
+                    attempt.failed()
+                    incoming.deaths += 1
+                    incoming.avoided.add(attempt.replica.index)
+                    fleet.failovers += 1
+                    return False
+            if piece:
+                await _show(incoming, exchange, piece)
+    await _show(incoming, exchange, trail.end() if trail is not None else b"")
+    return True
+
+
+async def _show(incoming: Incoming, exchange: Exchange, piece: bytes) -> None:
+    if not incoming.begun:  # so late, so that until then the request can start anew
+        await _begin(incoming, exchange)
+    await incoming.write(piece)
+
+
+async def _begin(incoming: Incoming, exchange: Exchange, *more: tuple[bytes, bytes]) -> None:
+    incoming.begun = True
+    headers = [(name, value) for name, value in exchange.headers if name.lower() not in _NOT_SENT_BACK]
+    await incoming.begin(exchange.status, [*headers, *more])
+
+
+async def _fail(incoming: Incoming, status: int, message: str) -> None:
+    """Tell the client: by a status, or by an event where a stream has begun."""
+    content = error_body(status, message)
+    if incoming.begun:
+        await incoming.write(event(content))
+        return
+    await incoming.begin(status, [(b"content-type", b"application/json"), (b"retry-after", b"1")])
+    await incoming.write(event(content).removeprefix(b"data: ").rstrip())
+
+
+def sent_on(headers: Headers) -> Headers:
+    """A client's headers as a replica gets them."""
+    return [(name, value) for name, value in headers if name not in _NOT_SENT_ON]
+
+
+def named(headers: Headers, request_id: bytes) -> Headers:
+    """Headers with a request's id, which they may have already."""
+    known = any(name.lower() == b"x-request-id" for name, _ in headers)
+    return headers if known else [*headers, (b"x-request-id", request_id)]

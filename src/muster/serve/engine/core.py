@@ -119,7 +119,7 @@ class Core:
         if not prompt:
             self._outcome.items.append((request.id, EngineError("a prompt needs a token to go on from")))
             return
-        if len(request.generated) >= params.max_tokens:
+        if request.generated and len(request.generated) >= params.max_tokens:
             error = EngineError(
                 f"{len(request.generated)} of {params.max_tokens} tokens are generated already: nothing is left"
             )

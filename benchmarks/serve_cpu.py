@@ -43,7 +43,12 @@ LOADS: dict[str, dict[int, tuple[int, int]]] = {
     "tiny": {1: (32, 16), 8: (16, 16), 32: (8, 16)},
 }
 """Tokens of each prompt and answer by requests at a time: enough to be measured, few enough for slow sides."""
-PREFIX_TOKENS, PREFIX_REQUESTS, PREFIX_CONCURRENCY, PREFIX_LOAD = 1024, 16, 8, (32, 16)
+PREFIX_REQUESTS, PREFIX_CONCURRENCY, PREFIX_LOAD = 16, 8, (32, 16)
+
+
+def prefix_tokens(shape: str) -> int:
+    """Of the system prompt: 1024, or what fits."""
+    return min(1024, spec_of(shape).context // 2)
 
 
 def main() -> None:
@@ -106,7 +111,7 @@ def visit(
     """One start of a side, and what it did with each load; a side that fails is told of, and left out."""
     folder = model_folder(shape, arguments.home / "models")
     about = {"side": side.name, "shape": shape, "format": format, "round": number}
-    for caching in (True, False) if arguments.prefix and side.caches_prefixes else (False,):
+    for caching in side.prefix_caches if arguments.prefix else (False,):
         try:
             model = side.convert(folder, format)
             with side.start(model, setting(shape, format, caching, arguments)) as running:
@@ -125,7 +130,7 @@ def visit(
 def setting(shape: str, format: str, caching: bool, arguments: argparse.Namespace) -> Setting:
     streams = PREFIX_CONCURRENCY if arguments.prefix else max(arguments.concurrency)
     longest = (
-        PREFIX_TOKENS + sum(PREFIX_LOAD)
+        prefix_tokens(shape) + sum(PREFIX_LOAD)
         if arguments.prefix
         else max(sum(LOADS[shape][concurrency]) for concurrency in arguments.concurrency)
     )
@@ -142,7 +147,7 @@ def measure(
     vocab = spec_of(shape).vocab
     if arguments.prefix:
         own, output = PREFIX_LOAD
-        system = prompts("system", 1, PREFIX_TOKENS, vocab)[0]
+        system = prompts("system", 1, prefix_tokens(shape), vocab)[0]
         running.ask([system + prompt for prompt in prompts("warm", 1, own, vocab)], 2, 1)
         asked = [system + prompt for prompt in prompts(f"own {number}", PREFIX_REQUESTS, own, vocab)]
         answers = running.ask(asked, output, PREFIX_CONCURRENCY)

@@ -29,7 +29,7 @@ class OpenVino:
     name = "openvino"
     formats = ("bf16", "int8", "int4")
     over_http = False
-    caches_prefixes = True
+    prefix_caches = (True, False)
 
     def __init__(self, home: Path) -> None:
         self._home, self._logs = home / self.name, home / "logs"

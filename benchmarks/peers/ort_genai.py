@@ -23,7 +23,7 @@ class OrtGenai:
     name = "ort-genai"
     formats = ("int8", "int4")
     over_http = False
-    caches_prefixes = False
+    prefix_caches = (False,)
 
     def __init__(self, home: Path) -> None:
         self._home, self._logs = home / self.name, home / "logs"

@@ -19,7 +19,7 @@ class Ours:
     name = "ours"
     formats = ("bf16", "int8", "int4")
     over_http = True
-    caches_prefixes = True
+    prefix_caches = (True,)
 
     def __init__(self, home: Path) -> None:
         self._logs = home / "logs"

@@ -77,7 +77,8 @@ class Side(Protocol):
     name: str
     formats: tuple[str, ...]
     over_http: bool
-    caches_prefixes: bool
+    prefix_caches: tuple[bool, ...]
+    """Whether it can be measured with a cache of what prompts begin with alike, and without."""
 
     def install(self) -> None:
         """Make it usable, from a package index, where it is not yet."""

@@ -17,7 +17,7 @@ class Transformers:
     name = "transformers"
     formats = ("bf16",)
     over_http = False
-    caches_prefixes = False
+    prefix_caches = (False,)
 
     def __init__(self, home: Path) -> None:
         self._logs = home / "logs"

@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from cells import machine
 from peers import tables
@@ -71,14 +73,19 @@ def main() -> None:
                 for side in chosen:
                     if format in side.formats:
                         rows += visit(side, shape, format, number, arguments)
+                        keep(result | {"rows": rows}, arguments.json)  # what there is, should the rest fail
     result |= {"took_s": time.perf_counter() - begun_s, "rows": rows}
     if arguments.prefix:
         result["bars"] = tables.prefix(rows)
     else:
         result["bars"] = tables.rates(rows, result["bandwidth_bytes_per_s"])
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, arguments.json)
+
+
+def keep(result: dict[str, Any], path: Path | None) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:
@@ -123,7 +130,7 @@ def visit(
                         whole["step_bytes"] = step_bytes(model, format)
                     tables.tell(whole)
                     yield whole
-        except Failed as failure:
+        except (Failed, OSError, subprocess.SubprocessError, psutil.Error) as failure:
             print(f"{side.name} {shape} {format}: {failure}", file=sys.stderr, flush=True)
 
 

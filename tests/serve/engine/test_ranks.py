@@ -64,6 +64,7 @@ def check(case: Case, run_ranks: RunRanks, tensor: int, pipeline: int, ways: lis
         assert (preemptions > 0) == (way == "preemption")
 
 
+@pytest.mark.parametrize("case", ["llama", "qwen3", "dots1", "gpt2"], indirect=True)
 def test_greedy_tokens_of_two_tensor_ranks_are_those_of_transformers(case: Case, run_ranks: RunRanks) -> None:
     """With few blocks, so that prompts come in chunks, share what they begin with, and are preempted."""
     check(case, run_ranks, 2, 1, ["preemption"])

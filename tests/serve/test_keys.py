@@ -9,11 +9,13 @@ import httpx
 import openai
 import pytest
 
-from muster.errors import UsageError
+from muster.errors import MusterError, UsageError
 from muster.serve.failures import RequestError
 from muster.serve.gate import Front
 from muster.serve.keys import ANYONE, VARIABLE, Client, Keys, read_keys
 from muster.serve.rates import Rates
+from muster.serve.server import bind
+from muster.serve.talk import RemotePartner
 
 ALICE, BOB = "alice-secret-0123456789", "bob-secret-0123456789"
 FIELDS: dict[str, Any] = {"model": "tiny", "prompt": "ab", "max_tokens": 4}
@@ -95,6 +97,24 @@ def test_a_refused_body_is_not_read(serving: Any, model: Any, file: Path) -> Non
             answer = stack.post(f"{served.url}/v1/completions", content=b"x" * 100_000, headers=headers)
             assert answer.status_code == 401
             assert stack.get(f"{served.url}/health").status_code == 200
+
+
+def test_other_machines_reach_only_a_server_with_keys() -> None:
+    with pytest.raises(UsageError, match="so whoever asks needs a key"):
+        bind("0.0.0.0", 0)
+    with bind("0.0.0.0", 0, guarded=True) as sock:
+        assert sock.getsockname()[0] == "0.0.0.0"
+
+
+def test_a_conversation_takes_its_key_from_the_environment(
+    serving: Any, model: Any, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(model, front=Front(keys=read_keys(file, {}))) as served:
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        with pytest.raises(MusterError, match="send a valid key"):
+            RemotePartner(served.url)
+        monkeypatch.setenv("OPENAI_API_KEY", BOB)
+        assert RemotePartner(served.url).model_id == "tiny"
 
 
 def test_requests_and_tokens_a_minute() -> None:

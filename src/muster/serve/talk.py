@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import closing
@@ -96,7 +97,8 @@ async def _next(pieces: AsyncIterator[Piece]) -> Piece | None:
 
 
 class RemotePartner:
-    """The first model of an OpenAI-compatible server at `url` (with or without /v1)."""
+    """The first model of an OpenAI-compatible server at `url` (with or without /v1); a key is taken from
+    OPENAI_API_KEY."""
 
     def __init__(self, url: str) -> None:
         self._url = urlsplit(url.rstrip("/").removesuffix("/v1"))
@@ -138,6 +140,8 @@ class RemotePartner:
         body = None if fields is None else json.dumps(fields).encode()
         try:
             headers = {"Content-Type": "application/json", "Connection": "close"}
+            if key := os.environ.get("OPENAI_API_KEY"):
+                headers["Authorization"] = f"Bearer {key}"
             connection.request(method, self._url.path + path, body, headers)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:

@@ -77,6 +77,6 @@ class Network(Protocol):
         the same, up to the dtype's rounding, whatever else is in the batch."""
         ...
 
-    def hidden(self, batch: Batch, cache: PagedCache) -> Tensor:
+    def last_hidden(self, batch: Batch, cache: PagedCache) -> Tensor:
         """The same, but for what the logits are made from: the wanted rows' last hidden states (W, E)."""
         ...

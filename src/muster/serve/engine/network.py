@@ -80,10 +80,10 @@ class TransformerNetwork:
     @torch.inference_mode()
     def logits(self, batch: Batch, cache: PagedCache) -> Tensor:
         """fp32 logits (W, V) of the wanted rows, after writing the batch's keys and values into the cache."""
-        return self.scored(self.hidden(batch, cache))
+        return self.scored(self.last_hidden(batch, cache))
 
     @torch.inference_mode()
-    def hidden(self, batch: Batch, cache: PagedCache) -> Tensor:
+    def last_hidden(self, batch: Batch, cache: PagedCache) -> Tensor:
         """The last hidden states (W, E) of the wanted rows, after the final norm."""
         self.check(batch, cache)
         return self.final(batch, *self.through(batch, cache, self.embedded(batch)))

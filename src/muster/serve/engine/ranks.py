@@ -214,7 +214,7 @@ class ParallelNetwork:
     def logits(self, batch: Batch, cache: PagedCache) -> Tensor:
         return self._step(Kind.LOGITS, batch, cache)
 
-    def hidden(self, batch: Batch, cache: PagedCache) -> Tensor:
+    def last_hidden(self, batch: Batch, cache: PagedCache) -> Tensor:
         return self._step(Kind.HIDDEN, batch, cache)
 
     def _step(self, kind: Kind, batch: Batch, cache: PagedCache) -> Tensor:

@@ -35,7 +35,7 @@ class Runner:
         if self._device.type != "cpu":
             batch = _moved(batch, self._device)
         if hidden:
-            return self._network.hidden(batch, self._cache)
+            return self._network.last_hidden(batch, self._cache)
         logits = self._network.logits(batch, self._cache)
         return logits if self._vocab is None else logits[:, : self._vocab]
 

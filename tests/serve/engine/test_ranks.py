@@ -16,7 +16,7 @@ from muster.parallel.world import join
 from muster.serve.engine.core import Core
 from muster.serve.engine.network import TransformerNetwork
 from muster.serve.engine.part import Part
-from muster.serve.engine.ranks import Grid, Orders, ParallelNetwork, follow
+from muster.serve.engine.ranks import Grid, Kind, Orders, ParallelNetwork, follow
 from muster.serve.kernels.packing import Format
 from muster.serve.weights import load_network
 from tests.conftest import RunRanks
@@ -133,7 +133,7 @@ def logits(folder: Path, tensor: int, format: Format, tokens: torch.Tensor) -> n
     network = load_network(folder, format, part, grid.total)
     table = torch.arange(-(-len(tokens) // 8))[None]
     batch = ragged([tokens], [len(tokens)], table, 8)
-    made = grid.compute(network, batch, network.new_cache(table.numel(), 8))
+    made = grid.compute(network, batch, network.new_cache(table.numel(), 8), Kind.LOGITS)
     return np.empty(0) if made is None else made.numpy()
 
 

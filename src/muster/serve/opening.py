@@ -187,7 +187,8 @@ def _refuse(spec: TransformerSpec, source: Source, tensor: int, pipeline: int, f
 def build_core(setup: Setup) -> Core:
     """Load the weights and make room for keys and values, in this process."""
     network = load_network(Path(setup.folder), setup.dtype)
-    return core_of(setup, network, network.new_cache(setup.blocks, BLOCK_TOKENS))
+    blocks = setup.blocks or count_blocks(network.spec, setup)
+    return core_of(setup, network, network.new_cache(blocks, BLOCK_TOKENS))
 
 
 def core_of(setup: Setup, network: Network, cache: PagedCache) -> Core:

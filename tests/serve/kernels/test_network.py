@@ -127,9 +127,3 @@ def test_only_wanted_rows(native: bool, tmp_path: Path, request: pytest.FixtureR
     assert some.dtype == torch.float32
     none = network.logits(replace(batch, wanted=torch.empty(0, dtype=torch.int64)), cache)
     assert none.shape == (0, network.spec.vocab)
-
-
-def test_a_stretch_of_a_model_is_refused(tmp_path: Path) -> None:
-    spec = model_of("llama", tmp_path).spec
-    with pytest.raises(ValueError, match="whole model"):
-        pack_model(Transformer(spec, range(1, 3)), "int8")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peers.environment import environment
-from peers.side import Failed, Setting, worker_side
+from peers.side import Setting, converted, worker_side
 
 PACKAGES = ("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0")
 WEIGHTS = {"bf16": "fp16", "int8": "int8", "int4": "int4"}
@@ -65,16 +65,7 @@ class OpenVino:
         config = json.loads((model / "config.json").read_text())
         if format == "int4" and (config["hidden_size"] % 128 or config["intermediate_size"] % 128):
             command += ["--group-size", "64"]  # its own choice, 128, has to divide them
-        done = subprocess.run(
-            command,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise Failed(f"the conversion failed: {done.stderr[-2000:]}")
-        draft.replace(wanted)
-        return wanted
+        return converted(command, draft, wanted)
 
     def start(self, model: Path, setting: Setting) -> Any:
         command = [

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from peers.environment import environment
-from peers.side import Failed, Setting, worker_side
+from peers.side import Setting, converted, worker_side
 
 PACKAGES = (
     "onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "onnx", "onnx-ir", "transformers==5.23.0",
@@ -43,16 +41,7 @@ class OrtGenai:
             "-e", "cpu", "-c", str(draft / "cache"), "-p", format,
             "--extra_options", "accuracy_level=4",
         ]  # fmt: skip
-        done = subprocess.run(
-            command,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise Failed(f"the conversion failed: {done.stderr[-2000:]}")
-        draft.replace(wanted)
-        return wanted
+        return converted(command, draft, wanted)
 
     def start(self, model: Path, setting: Setting) -> Any:
         command = [str(self._python), str(WORKER), str(model), str(setting.threads)]

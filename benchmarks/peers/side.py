@@ -97,6 +97,21 @@ class Failed(Exception):
     """A side did not start, or did not answer as asked."""
 
 
+def converted(command: Sequence[str], draft: Path, wanted: Path) -> Path:
+    """What a peer's own converter writes to `draft`, kept as `wanted` once it is whole. Raises Failed."""
+    done = subprocess.run(
+        command,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise Failed(f"the conversion failed: {done.stderr[-2000:]}")
+    draft.replace(wanted)
+    return wanted
+
+
 @dataclass(slots=True)
 class HttpRunning:
     """An OpenAI-compatible server."""

@@ -66,7 +66,7 @@ class Follower:
         try:
             own = self._load(str(folder))
         except Exception:
-            self._between_steps(lambda: _ignore(parallel.renew(None)))
+            self._between_steps(lambda: parallel.renew(None))
             raise
         taken = threading.Event()
 
@@ -79,7 +79,7 @@ class Follower:
         if not taken.is_set():
             raise CheckpointError("another rank could not load it")
 
-    def _between_steps(self, what: Callable[[], None]) -> None:
+    def _between_steps(self, what: Callable[[], object]) -> None:
         """Have the engine's thread do it, and wait until it has."""
         done = threading.Event()
 
@@ -89,7 +89,3 @@ class Follower:
 
         self._inbox.put(do)
         done.wait()
-
-
-def _ignore(_: bool) -> None:
-    pass

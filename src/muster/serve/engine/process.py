@@ -7,6 +7,7 @@ ends by itself, its requests fail, and it is started again, unless that has happ
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -27,6 +28,9 @@ _LOG = logging.getLogger(__name__)
 
 RESTARTS, RESTART_WINDOW_S = 3, 600.0
 """So many ends of the engine's process within so many seconds are survived."""
+
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+"""Without it, torch's threads spin for 7 ms after each loop of theirs, on cores that the kernels and HTTP want."""
 
 _ERRORS: dict[str, type[MusterError]] = {
     "DoesNotFit": DoesNotFit,
@@ -103,7 +107,9 @@ class ProcessEngine:
         here, there = socket.socketpair()
         with there:
             command = [sys.executable, "-m", "muster.serve.worker", str(there.fileno())]
-            process = subprocess.Popen(command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, env=ENVIRONMENT | os.environ
+            )
         wire = Wire(here)
         wire.send({"setup": self._setup})
         return process, wire

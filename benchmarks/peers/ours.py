@@ -9,6 +9,7 @@ from typing import Any
 
 from muster.serve.engine.packed_bytes import packed_path
 from muster.serve.engine.packed_file import open_packed
+from muster.serve.engine.process import ENVIRONMENT
 from peers.side import Setting, free_port, http_side, worker_side
 
 WORKERS = Path(__file__).parent / "workers"
@@ -53,7 +54,7 @@ class OurEngine(Ours):
             sys.executable, str(WORKERS / "run_engine.py"), str(model), setting.format, str(setting.streams),
             str(setting.context),
         ]  # fmt: skip
-        return worker_side(command, self._logs / f"{self.name}.log")
+        return worker_side(command, self._logs / f"{self.name}.log", ENVIRONMENT)
 
 
 def step_bytes(model: Path, format: Any) -> int:

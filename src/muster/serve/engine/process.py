@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -28,6 +29,9 @@ _LOG = logging.getLogger(__name__)
 RESTARTS, RESTART_WINDOW_S = 3, 600.0
 """So many ends of the engine's process within so many seconds are survived."""
 
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+"""Without it, torch's threads spin for 7 ms after each loop of theirs, on cores that the kernels and HTTP want."""
+
 _ERRORS: dict[str, type[MusterError]] = {
     "DoesNotFit": DoesNotFit,
     "UsageError": UsageError,
@@ -41,7 +45,9 @@ class Worker:
         here, there = socket.socketpair()
         with there:
             command = [sys.executable, "-m", "muster.serve.worker", str(there.fileno())]
-            self.process = subprocess.Popen(command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, env=ENVIRONMENT | os.environ
+            )
         self.wire = Wire(here)
 
     def __enter__(self) -> Worker:

@@ -1,7 +1,7 @@
 """Compiles `cpp/` on first use and keeps the library in the user's cache, by what it was made from.
 
 The sources include no header of torch's and take plain pointers: compiling takes seconds rather than minutes, and the
-library outlives a torch update. OpenMP's symbols resolve to the runtime that torch has loaded, so both share threads.
+library outlives a torch update.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "cpp"
 # -ffp-contract=off: what is fused is written out, so that a kernel's copies for few and for many rows agree bit by bit.
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-w")
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-pthread", "-fPIC", "-w")
 REQUIRED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 _TIMEOUT_S = 300.0
 _DIGEST_BYTES = 32
@@ -113,7 +113,7 @@ def _build(compiler: str, folder: Path) -> Path:
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         objects = list(pool.map(compile_one, sorted(SOURCES.glob("*.cpp"))))
     library = folder / "kernels.so"
-    _run([compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(library)])
+    _run([compiler, "-shared", "-pthread", *map(str, objects), "-o", str(library)])
     return library
 
 

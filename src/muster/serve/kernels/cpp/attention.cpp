@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 
+#include "parallel.h"
 #include "product.h"
 
 namespace {
@@ -249,8 +250,7 @@ template <class T>
 void attend(const T* qkv, const int64_t* starts, const int64_t* lengths, const int64_t* table, const T* keys,
             const T* values, T* out, int64_t sequences, const Shape& shape, int64_t threads) {
   const std::vector<Tile> tiles = tiles_of(shape, starts, lengths, table, sequences);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (size_t i = 0; i < tiles.size(); i++) attend_tile(tiles[i], shape, qkv, keys, values, out);
+  parallel_for(tiles.size(), 1, threads, [&](int64_t i) { attend_tile(tiles[i], shape, qkv, keys, values, out); });
 }
 
 }  // namespace

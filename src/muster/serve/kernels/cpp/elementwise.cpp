@@ -2,6 +2,7 @@
 // pages. Rows are tokens; sums are in fp32 whatever the type.
 #include <cmath>
 
+#include "parallel.h"
 #include "vector.h"
 
 // Below this many numbers, waking another core takes longer than the work.
@@ -11,8 +12,7 @@ constexpr int64_t WORTH_SHARING = 1 << 15;
 template <class T>
 static void add_norm(T* x, const T* residual, const float* weight, T* out, int64_t rows, int64_t width, float eps,
                      int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > WORTH_SHARING)
-  for (int64_t row = 0; row < rows; row++) {
+  parallel_for(rows, 4, rows * width > WORTH_SHARING ? threads : 1, [&](int64_t row) {
     T* at = x + row * width;
     __m512 sum = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += 16) {
@@ -27,15 +27,14 @@ static void add_norm(T* x, const T* residual, const float* weight, T* out, int64
       const __m512 value = _mm512_mul_ps(load(at + i, lanes), inverse);
       store(out + row * width + i, _mm512_mul_ps(value, load(weight + i, lanes)), lanes);
     }
-  }
+  });
 }
 
 // silu(gate) * up of rows that hold both, gate first.
 template <class T>
 static void swiglu(const T* gate_up, T* out, int64_t rows, int64_t width, int64_t threads) {
   const __m512 one = _mm512_set1_ps(1.f);
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > WORTH_SHARING)
-  for (int64_t row = 0; row < rows; row++)
+  parallel_for(rows, 4, rows * width > WORTH_SHARING ? threads : 1, [&](int64_t row) {
     for (int64_t i = 0; i < width; i += 16) {
       const __mmask16 lanes = first(width - i);
       const T* at = gate_up + row * 2 * width + i;
@@ -43,6 +42,7 @@ static void swiglu(const T* gate_up, T* out, int64_t rows, int64_t width, int64_
       const __m512 below = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
       store(out + row * width + i, _mm512_mul_ps(_mm512_div_ps(gate, below), up), lanes);
     }
+  });
 }
 
 // One head, in place: RMSNorm over its dimensions (where weights are given), then the rotation of dimension i together
@@ -84,8 +84,7 @@ static void rotate_store(T* qkv, const float* cos, const float* sin, const float
                          float eps, const int64_t* slots, T* keys, T* values, int64_t rows, int64_t heads,
                          int64_t kv_heads, int64_t dim, int64_t block_tokens, int64_t threads) {
   const int64_t width = (heads + 2 * kv_heads) * dim;
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > WORTH_SHARING)
-  for (int64_t row = 0; row < rows; row++) {
+  parallel_for(rows, 4, rows * width > WORTH_SHARING ? threads : 1, [&](int64_t row) {
     T* token = qkv + row * width;
     const float *c = cos ? cos + row * dim : nullptr, *s = sin ? sin + row * dim : nullptr;
     if (c || q_weight)
@@ -97,7 +96,7 @@ static void rotate_store(T* qkv, const float* cos, const float* sin, const float
       std::memcpy(keys + to, token + (heads + h) * dim, dim * sizeof(T));
       std::memcpy(values + to, token + (heads + kv_heads + h) * dim, dim * sizeof(T));
     }
-  }
+  });
 }
 
 extern "C" {

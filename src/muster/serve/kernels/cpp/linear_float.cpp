@@ -1,15 +1,15 @@
 // x (rows, inputs) times weights in fp32 or bf16, laid out in panels [panel][unit of inputs][32 features].
 #include "blocks.h"
+#include "parallel.h"
 #include "product.h"
 
 // Rows' units as `blocks.h` has them.
 static void interleave(const uint32_t* x, uint32_t* to, const RowBlocks& blocks, int64_t units, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (blocks.rows >= 64)
-  for (int64_t row = 0; row < blocks.rows; row++) {
+  parallel_for(blocks.rows, 8, blocks.rows >= 64 ? threads : 1, [&](int64_t row) {
     uint32_t* at = to + blocks.start(row, units);
     const int64_t step = blocks.step(row);
     for (int64_t u = 0; u < units; u++) at[u * step] = x[row * units + u];
-  }
+  });
 }
 
 template <class T>
@@ -24,8 +24,7 @@ static void linear(const uint32_t* x, const uint32_t* weight, const float* bias,
     x = interleaved;
   }
   const int64_t panels = (features + PANEL - 1) / PANEL;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, run_of(panels, threads))
-  for (int64_t panel = 0; panel < panels; panel++) {
+  parallel_for(panels, run_of(panels, threads), threads, [&](int64_t panel) {
     const uint32_t* w = weight + panel * units * PANEL;
     const int64_t left = features - panel * PANEL;
     for (int64_t row = 0; row < rows; row += blocks.height)
@@ -50,7 +49,7 @@ static void linear(const uint32_t* x, const uint32_t* weight, const float* bias,
           for (int r = 0; r < ROWS; r++)
             store(out, (row + r) * features + panel * PANEL + 16 * v, sums[r][v], first(left - 16 * v), narrow);
       });
-  }
+  });
 }
 
 extern "C" void muster_linear_float(const void* x, const uint32_t* weight, const float* bias, void* out, int64_t rows,

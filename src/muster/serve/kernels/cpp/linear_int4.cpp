@@ -17,8 +17,7 @@ extern "C" void muster_linear_int4(const void* x, const uint8_t* weight, const b
   int32_t* corrections = scratch(kept_sums, rows * groups);  // what the 8 that is added to each weight contributes
   quantize_rows(x, narrow_in, blocks, q, scales, corrections, -8, inputs, padded, group, threads);
   const __m512i low_half = _mm512_set1_epi8(15);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, run_of(panels, threads))
-  for (int64_t panel = 0; panel < panels; panel++) {
+  parallel_for(panels, run_of(panels, threads), threads, [&](int64_t panel) {
     const uint8_t* w = weight + panel * padded * (PANEL / 2);
     const bfloat16* s = scale + panel * groups * PANEL;
     const int64_t column = panel * PANEL;
@@ -69,5 +68,5 @@ extern "C" void muster_linear_int4(const void* x, const uint8_t* weight, const b
                   first(features - c), narrow_out);
         }
       });
-  }
+  });
 }

@@ -16,8 +16,7 @@ extern "C" void muster_linear_int8(const void* x, const uint8_t* weight, const f
   int32_t* corrections = scratch(kept_corrections, rows);
   quantize_rows(x, narrow_in, blocks, q, scales, corrections, -128, inputs, padded, padded, threads);
   const int64_t panels = (features + PANEL - 1) / PANEL;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, run_of(panels, threads))
-  for (int64_t panel = 0; panel < panels; panel++) {
+  parallel_for(panels, run_of(panels, threads), threads, [&](int64_t panel) {
     const uint8_t* w = weight + panel * padded * PANEL;
     for (int64_t row = 0; row < rows; row += blocks.height)
       with_count<MOST>(blocks.rows_in(row), [&]<int ROWS>() {
@@ -50,5 +49,5 @@ extern "C" void muster_linear_int8(const void* x, const uint8_t* weight, const f
           }
         }
       });
-  }
+  });
 }

@@ -1,14 +1,14 @@
 // Activations to 8 bits, a scale for each row (token): symmetric, to the nearest, ties to even.
 #pragma once
 #include "blocks.h"
+#include "parallel.h"
 
 // q: units of four numbers as `blocks.h` has them, zeros behind `inputs` up to `padded`; scale (rows,); and for each
 // `group` of numbers `per_sum` times their sum, (rows, padded / group).
 template <class T>
 inline void quantize_rows(const T* x, const RowBlocks& blocks, uint32_t* q, float* scale, int32_t* sums, int per_sum,
                           int64_t inputs, int64_t padded, int64_t group, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (blocks.rows >= 8)
-  for (int64_t row = 0; row < blocks.rows; row++) {
+  parallel_for(blocks.rows, 4, blocks.rows >= 8 ? threads : 1, [&](int64_t row) {
     const T* from = x + row * inputs;
     uint32_t* to = q + blocks.start(row, padded / 4);
     const int64_t step = blocks.step(row);
@@ -32,7 +32,7 @@ inline void quantize_rows(const T* x, const RowBlocks& blocks, uint32_t* q, floa
       }
       sums[row * (padded / group) + g / group] = per_sum * _mm512_reduce_add_epi32(sum);
     }
-  }
+  });
 }
 
 inline void quantize_rows(const void* x, bool narrow, const RowBlocks& blocks, uint32_t* q, float* scale, int32_t* sums,

@@ -13,14 +13,15 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from muster.serve import playground
 from muster.serve.failures import RequestError, respond
 from muster.serve.keys import Keys
 from muster.serve.metrics import Metrics
 from muster.serve.rates import Rates
 from muster.serve.visit import AccessLog, Visit
 
-OPEN = ("/health", "/health/ready")
-"""Asked without a key, and never refused."""
+OPEN = ("/health", "/health/ready", playground.PATH)
+"""May be read without a key, and never refused."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -65,7 +66,7 @@ class Gate:
             self._leave(visit)
 
     def _refusal(self, scope: Scope, headers: Headers, visit: Visit) -> Response | None:
-        if scope["path"] in OPEN:
+        if scope["path"] in OPEN and scope["method"] in ("GET", "HEAD"):
             return None
         front = self._front
         given = headers.get("authorization")

@@ -25,6 +25,7 @@ from muster.serve.gate import Front, Gate
 from muster.serve.intake import Job, read_chat, read_completion, read_embedding
 from muster.serve.keys import Client
 from muster.serve.limits import Limits
+from muster.serve.playground import PATH, playground
 from muster.serve.protocol import Engine
 from muster.serve.responses import Json, embeddings
 from muster.serve.schema import (
@@ -87,6 +88,10 @@ def build_app(
             return await answer.whole(request.receive, limits.request_s)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it; 499 is the usual name in access logs
+
+    @app.get(PATH, include_in_schema=False)
+    async def page() -> Response:
+        return playground()
 
     @app.get("/health", **document.HEALTH)
     async def health() -> Json:

@@ -29,6 +29,33 @@ def guarded_protocol(limits: Limits) -> type[H11Protocol]:
     return type("GuardedProtocol", (_GuardedProtocol,), {"limits": limits, "expendable": {}})
 
 
+class _Gathered:
+    """A transport that sends as one piece what is written in one turn of the event loop: a header with what follows
+    it, an answer's end with what is before it. Each piece costs a call of the system, and wakes the client up."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._pieces: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if data:
+            if not self._pieces:
+                self._loop.call_soon(self._send)
+            self._pieces.append(data)
+
+    def close(self) -> None:
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        if self._pieces:
+            pieces, self._pieces = self._pieces, []
+            self._transport.write(b"".join(pieces))
+
+
 class _GuardedProtocol(H11Protocol):
     limits: Limits
     expendable: dict[_GuardedProtocol, None]
@@ -42,7 +69,7 @@ class _GuardedProtocol(H11Protocol):
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(_Gathered(transport, self.loop))  # type: ignore[arg-type]
         self.expendable[self] = None
         self._watch_receipt()
         if len(self.connections) > self.limits.connections:

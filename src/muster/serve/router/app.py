@@ -9,6 +9,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from muster.serve import playground
 from muster.serve.body import BodyGuard
 from muster.serve.connection import while_connected
 from muster.serve.failures import error_response
@@ -40,6 +41,8 @@ def build_app(fleet: Fleet, front: Front, *, body_bytes: int) -> ASGIApp:
 
 def _own(path: str, fleet: Fleet, front: Front) -> Response | None:
     """What the router answers itself."""
+    if path == playground.PATH:
+        return playground.playground()
     if path == "/health":
         replicas = [
             {

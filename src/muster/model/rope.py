@@ -24,7 +24,7 @@ def rotation(spec: TransformerSpec, length: int, device: torch.device) -> tuple[
 
 def rotation_at(spec: TransformerSpec, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines (..., D) in fp32 for any positions (...)."""
-    frequencies = _frequencies(spec).to(positions.device)
+    frequencies = _frequencies(spec, positions.device)
     angles = positions[..., None].float() * frequencies  # (..., D/2)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
@@ -65,7 +65,14 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, direction: int) -> Tensor:
     return out.to(x.dtype)
 
 
-def _frequencies(spec: TransformerSpec) -> Tensor:
+@functools.lru_cache(maxsize=8)
+def _frequencies(spec: TransformerSpec, device: torch.device) -> Tensor:
+    """(D/2,), kept on a device: what is captured there as a graph must not copy from the host."""
+    with torch.inference_mode(False):
+        return _frequencies_of(spec).to(device)
+
+
+def _frequencies_of(spec: TransformerSpec) -> Tensor:
     exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device="cpu") / spec.head_dim
     frequencies = 1.0 / spec.rope_theta**exponents  # (D/2,)
     scaling = spec.rope_scaling

@@ -19,7 +19,7 @@ from muster.serve.engine.wire import from_outcome
 from muster.serve.folders import find_source, read_spec
 from muster.serve.kernels.ops import choose_kernels
 from muster.serve.opening import BLOCK_TOKENS, Setup, core_of, with_blocks
-from muster.serve.weights import compute_dtype, load_if_there, load_network
+from muster.serve.weights import choose_device, compute_dtype, load_if_there, load_network
 
 if TYPE_CHECKING:
     from muster.serve.engine.packed_bytes import ReadAhead
@@ -32,6 +32,7 @@ def serve(told: dict[str, Any], ahead: ReadAhead, inbox: Inbox, end: End, stack:
     """Make what the setup `told` says and step it until the inbox is closed."""
     setup = with_blocks(Setup(**told))
     torch.set_num_threads(setup.threads)
+    device = choose_device(setup.ranks)
     orders: Orders | None = None
     if setup.ranks > 1:
         from muster.parallel.world import join
@@ -44,7 +45,7 @@ def serve(told: dict[str, Any], ahead: ReadAhead, inbox: Inbox, end: End, stack:
     else:
 
         def load(folder: str) -> TransformerNetwork:
-            return load_network(Path(folder), setup.dtype, read=ahead)
+            return load_network(Path(folder), setup.dtype, read=ahead, device=device)
 
     setup, own = _loaded(setup, load, orders)
     cache = own.new_cache(setup.blocks, BLOCK_TOKENS)
@@ -55,7 +56,7 @@ def serve(told: dict[str, Any], ahead: ReadAhead, inbox: Inbox, end: End, stack:
 
         network = parallel = ParallelNetwork(own, grid, orders)
     core = core_of(setup, network, cache)
-    kernels = choose_kernels(compute_dtype(setup.dtype))[1]
+    kernels = choose_kernels(compute_dtype(setup.dtype), device)[1]
     end.wire.send({"ready": True, "stats": core.stats(), "kernels": kernels})
     end.ready = True
     if setup.follow is not None:

@@ -164,11 +164,11 @@ def _start(setup: Setup, own_process: bool, worker: Worker | None, waiting_s: fl
     if not own_process:
         from muster.serve.engine.thread import ThreadEngine
         from muster.serve.kernels.ops import choose_kernels
-        from muster.serve.weights import compute_dtype
+        from muster.serve.weights import choose_device, compute_dtype
 
         core = build_core(setup)
         engine = ThreadEngine(core, waiting_s=waiting_s, threads=setup.threads)
-        return engine, choose_kernels(compute_dtype(setup.dtype))[1]
+        return engine, choose_kernels(compute_dtype(setup.dtype), choose_device(setup.ranks))[1]
     from muster.serve.engine.process import RESTARTS, ProcessEngine  # what it imports is in the extra
 
     # A rank that has died is the whole engine's end, which says so: whoever keeps servers running starts it again.
@@ -205,10 +205,10 @@ def _refuse(spec: TransformerSpec, source: Source, tensor: int, pipeline: int, f
 
 def build_core(setup: Setup) -> Core:
     """Load the weights and make room for keys and values, in this process."""
-    from muster.serve.weights import load_network
+    from muster.serve.weights import choose_device, load_network
 
     setup = with_blocks(setup)
-    network = load_network(Path(setup.folder), setup.dtype)
+    network = load_network(Path(setup.folder), setup.dtype, device=choose_device(setup.ranks))
     return core_of(setup, network, network.new_cache(setup.blocks, BLOCK_TOKENS))
 
 
@@ -255,7 +255,7 @@ def salt_of(step: int) -> str:
 def _model_drafter(folder: Path, setup: Setup) -> ModelDrafter:
     """A small model that guesses ahead, whole on the first rank."""
     from muster.serve.engine.speculation import ModelDrafter
-    from muster.serve.weights import load_network
+    from muster.serve.weights import choose_device, load_network
 
     spec = read_spec(folder)
     if spec.context < setup.context_tokens:
@@ -263,15 +263,16 @@ def _model_drafter(folder: Path, setup: Setup) -> ModelDrafter:
             f"the draft model {folder} has a context of {spec.context} tokens, fewer than the {setup.context_tokens} "
             f"that are served: use --context {spec.context}"
         )
-    cache = (network := load_network(folder, setup.dtype)).new_cache(count_blocks(spec, setup), BLOCK_TOKENS)
+    network = load_network(folder, setup.dtype, device=choose_device(setup.ranks))
+    cache = network.new_cache(count_blocks(spec, setup), BLOCK_TOKENS)
     return ModelDrafter(network, cache, vocab=setup.vocab, step_tokens=STEP_TOKENS)
 
 
 def count_blocks(spec: TransformerSpec, setup: Setup) -> int:
-    """Blocks of a model's cache that there is room for now."""
-    from muster.serve.weights import compute_dtype
+    """Blocks of a model's cache that there is room for now, where it computes."""
+    from muster.serve.weights import choose_device, compute_dtype, free_memory
 
-    free_bytes = psutil.virtual_memory().available
+    free_bytes = free_memory(choose_device(setup.ranks))
     return cache_blocks(spec, compute_dtype(setup.dtype), setup.streams, setup.context_tokens, free_bytes)
 
 

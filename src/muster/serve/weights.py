@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from muster.model import folder as hf
 from muster.model.transformer import Value
+from muster.serve.engine.graphs import GraphedNetwork
 from muster.serve.engine.network import Total, TransformerNetwork, same
 from muster.serve.engine.packed import pack_model
 from muster.serve.engine.packed_bytes import read_bytes
@@ -29,20 +31,28 @@ def open_weights(folder: Path) -> Value:
 
 
 def load_network(
-    folder: Path, format: Format, part: Part | None = None, total: Total = same, read: Read = read_bytes
+    folder: Path,
+    format: Format,
+    part: Part | None = None,
+    total: Total = same,
+    read: Read = read_bytes,
+    device: torch.device | str = "cpu",
 ) -> TransformerNetwork:
     """The network of a model in a format, or of one rank's part of it; `total` sums over the ranks of a layer.
 
-    Of a whole model in Hugging Face layout, packed weights are kept in its folder for the next start; `read` reads
-    those.
+    Of a whole model in Hugging Face layout, weights packed for the CPU are kept in its folder for the next start;
+    `read` reads those.
     """
     compute = compute_dtype(format)
-    if part is None and not is_checkpoint(folder):
+    kernels, _ = choose_kernels(compute, device)
+    on_cpu = kernels.device.type == "cpu"
+    if on_cpu and part is None and not is_checkpoint(folder):
         packed, _ = open_packed(folder, format, read)
     else:
         part = part or Part.of(read_spec(folder))
-        packed = pack_model(load_part(part, open_weights(folder), dtype=compute), format, part=part)
-    return TransformerNetwork(packed, choose_kernels(compute)[0], total)
+        model = load_part(part, open_weights(folder), dtype=compute)
+        packed = pack_model(model, format, part=part, packed=on_cpu)
+    return (TransformerNetwork if on_cpu else GraphedNetwork)(packed, kernels, total)
 
 
 def load_if_there(
@@ -55,6 +65,16 @@ def load_if_there(
         if not may_go or is_whole(Path(folder)):
             raise
         return None
+
+
+def choose_device(ranks: int) -> str:
+    """Where to compute: on a GPU if there is one. Several ranks exchange hidden states between hosts' memories."""
+    return "cuda" if ranks == 1 and torch.cuda.is_available() else "cpu"
+
+
+def free_memory(device: str) -> int:
+    """Bytes, of a GPU or of the host."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
 
 
 def compute_dtype(format: Format) -> torch.dtype:

@@ -7,9 +7,10 @@ step is one pass whatever it mixes. Shapes: N new tokens, S sequences, P pages a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from muster.errors import MusterError
@@ -18,8 +19,8 @@ from muster.serve.engine.blocks import Chore, Copy
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """New tokens of S sequences and where their keys and values live. Tensors are int64 and contiguous, on the
-    model's device; a sequence's new tokens are the last ones of its length."""
+    """New tokens of S sequences and where their keys and values live. Tensors are int64 and contiguous, made on
+    the CPU; a sequence's new tokens are the last ones of its length."""
 
     tokens: Tensor
     """(N,) token ids."""
@@ -35,6 +36,15 @@ class Batch:
     """(S, P) each sequence's blocks in order, padded with 0."""
     wanted: Tensor
     """(W,) rows of the N whose logits are asked for."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is one token of each sequence, all of them wanted."""
+        return len(self.tokens) == len(self.lengths) == len(self.wanted)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on another device."""
+        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

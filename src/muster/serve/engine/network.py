@@ -85,6 +85,7 @@ class TransformerNetwork:
     @torch.inference_mode()
     def last_hidden(self, batch: Batch, cache: PagedCache) -> Tensor:
         """The last hidden states (W, E) of the wanted rows, after the final norm."""
+        batch = batch.to(self.device)
         self.check(batch, cache)
         return self.final(batch, *self.through(batch, cache, self.embedded(batch)))
 

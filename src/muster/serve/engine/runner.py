@@ -18,7 +18,6 @@ class Runner:
 
     def __init__(self, network: Network, cache: PagedCache, *, vocab: int | None = None) -> None:
         self._network, self._cache, self._vocab = network, cache, vocab
-        self._device = cache.keys[0].device
 
     def renew(self, network: Network) -> None:
         """Compute with another network, over the same cache."""
@@ -32,8 +31,6 @@ class Runner:
         """Logits (W, V) fp32: for each work that draws, its last token's row and one for each guess. `hidden`: instead
         the last hidden states (W, E) that they come from."""
         batch = make_batch(works, self._cache.block_tokens)
-        if self._device.type != "cpu":
-            batch = _moved(batch, self._device)
         if hidden:
             return self._network.last_hidden(batch, self._cache)
         logits = self._network.logits(batch, self._cache)
@@ -73,8 +70,3 @@ def make_batch(works: Sequence[Work], block_tokens: int) -> Batch:
         table=made[5],
         wanted=made[6],
     )
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    names = ("tokens", "positions", "slots", "starts", "lengths", "table", "wanted")
-    return Batch(**{name: getattr(batch, name).to(device, non_blocking=True) for name in names})

@@ -6,6 +6,7 @@ N new tokens, H heads, K kv heads, D head dim, E width, F ffn. `reference.py` is
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -44,10 +45,17 @@ class Kernels(Protocol):
 def choose_kernels(compute: torch.dtype, device: torch.device | str = "cpu") -> tuple[Kernels, str]:
     """(the fastest operations that this machine has for a device and type, why). May compile for some seconds."""
     device = torch.device(device)
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from muster.serve.kernels.triton_ops import Triton  # a second of imports, for GPUs alone
+
+        return Triton(compute, device), f"Triton kernels on {torch.cuda.get_device_name(device)}"
     if device.type != "cpu":
-        return Reference(
-            compute, device
-        ), f"torch operations: the C++ kernels are for CPUs, not for {device.type}"
+        missing = (
+            "Triton is not installed"
+            if device.type == "cuda"
+            else f"the C++ kernels are for CPUs, not for {device.type}"
+        )
+        return Reference(compute, device), f"torch operations: {missing}"
     try:
         library, origin = load_library()
     except Unavailable as reason:

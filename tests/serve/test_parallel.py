@@ -48,6 +48,17 @@ def test_a_rank_that_is_killed_ends_the_server_with_its_name(
 
 
 @pytest.mark.long
+def test_a_rank_that_is_stopped_is_named(folder: Path, start: Start) -> None:
+    with start(folder, "--tensor", 2, "--dtype", "fp32") as running, client(running) as ask:
+        running.ranks()["rank-1"].suspend()
+        with contextlib.suppress(openai.APIError):
+            ask.completions.create(**greedy("small-run", 12))
+        assert running.process.wait(timeout=30) == 1
+        assert running.process.stderr is not None
+        assert "rank 1 has been stopped (SIGSTOP) for 5 s" in running.process.stderr.read().decode()
+
+
+@pytest.mark.long
 def test_sigterm_ends_all_ranks(folder: Path, start: Start, reference: Any, tmp_path: Path) -> None:
     with start(folder, "--pipeline", 2, "--dtype", "fp32") as running, client(running) as ask:
         answer = ask.completions.create(**greedy("small-run", 12)).choices[0].text

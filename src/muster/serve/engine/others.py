@@ -12,9 +12,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from muster.errors import TrainingError
@@ -28,6 +30,8 @@ _CAUSE_WAIT_S = 1.0
 """How long a rank that only lost its peer waits for the peer to be seen dead."""
 _SEEN_S = 5.0
 _POLL_S = 0.05
+_LOOK_S = 5.0
+"""How often ranks are looked at: one that is found stopped twice in a row has failed."""
 
 
 class Others:
@@ -42,6 +46,8 @@ class Others:
         self._on_failure = on_failure
         self._failed = threading.Event()
         self._closing = False
+        self._stopped: set[int] = set()
+        """Ranks that were stopped when they were last looked at."""
         self._zygote = Zygote(["muster.serve.making", "muster.serve.engine.ranks", "muster.cli.serve"])
         place = Place(first=1, ranks=world - 1, world=world, host="127.0.0.1", port=self._store.port)
         told = {RANK_SETUP: setup, "OMP_NUM_THREADS": str(threads), "LOCAL_WORLD_SIZE": str(world)}
@@ -79,9 +85,10 @@ class Others:
 
     def _watch(self) -> None:
         failed_at: float | None = None
+        look_at = time.monotonic() + _LOOK_S
         while True:
             try:
-                select.select([self._zygote.fileno()], [], [], None if failed_at is None else _POLL_S)
+                select.select([self._zygote.fileno()], [], [], _LOOK_S if failed_at is None else _POLL_S)
                 self._zygote.read(wait=False)
             except (TrainingError, OSError, ValueError) as error:  # it is gone, or closed from here
                 failure: Failure | None = Failure(sentence=str(error), node="")
@@ -89,6 +96,9 @@ class Others:
                 failure = self._ranks.failure()
             if failure is None and self._ranks.over:
                 failure = Failure(sentence="the other ranks have ended", node="")
+            if failure is None and time.monotonic() >= look_at:
+                look_at = time.monotonic() + _LOOK_S
+                failure = self._stuck()
             if failure is None:
                 continue
             failed_at = failed_at or time.monotonic()
@@ -99,6 +109,17 @@ class Others:
             self._failed.set()
             self._on_failure(self._with_last_words(failure))
             return
+
+    def _stuck(self) -> Failure | None:
+        """A rank that has been stopped (SIGSTOP, a debugger) answers nobody, and all others would wait for it."""
+        before, self._stopped = self._stopped, set()
+        for rank, pid in enumerate(self._ranks.pids, start=1):
+            with suppress(psutil.NoSuchProcess):  # the next message of the zygote says how it ended
+                if pid is not None and psutil.Process(pid).status() == psutil.STATUS_STOPPED:
+                    self._stopped.add(rank)
+        for rank in before & self._stopped:
+            return Failure(sentence=f"rank {rank} has been stopped (SIGSTOP) for {_LOOK_S:.0f} s", rank=rank)
+        return None
 
     def _with_last_words(self, failure: Failure) -> Failure:
         """Its sentence in one line, with what the rank wrote last."""

@@ -27,6 +27,7 @@ BENCH = ROOT / "benchmarks" / "results" / "train_cpu.json"
 ATTENTION = ROOT / "benchmarks" / "results" / "attention_cpu.json"
 PEERS = ROOT / "benchmarks" / "results" / "deepspeed_cpu.json"
 FAULTS = ROOT / "benchmarks" / "results" / "faults.json"
+SERVE = ROOT / "benchmarks" / "results" / "serve_cpu.json"
 BUBBLE = ROOT / "benchmarks" / "results" / "pipeline_bubble.json"
 _BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 _READY_S = 60.0
@@ -111,6 +112,7 @@ def main() -> None:
     markdown = paste(markdown, "attention", attention_table(json.loads(ATTENTION.read_text())))
     markdown = paste(markdown, "peers", peers_table(json.loads(PEERS.read_text())))
     markdown = paste(markdown, "faults", faults_table(json.loads(FAULTS.read_text())))
+    markdown = paste(markdown, "serve", serve_table(json.loads(SERVE.read_text())))
     markdown = paste(markdown, "bubble", bubble_table(json.loads(BUBBLE.read_text())))
     README.write_text(markdown)
 
@@ -178,6 +180,31 @@ def faults_table(result: dict[str, Any]) -> str:
         for row in part["rows"]
     ]
     rows.append("\n" + "; ".join(sorted({f"{part['machine']}, {part['date']}" for part in parts})) + ".")
+    return "\n".join(rows) + "\n"
+
+
+def serve_table(result: dict[str, Any]) -> str:
+    """Decoding beside the peers: the best of the rounds, ours and that of the best peer."""
+    loads = result["setup"]["concurrency"]
+    rows = [
+        "| model | weights | " + " | ".join(f"{load} at a time" for load in loads) + " |",
+        "|---" * (len(loads) + 2) + "|",
+    ]
+    best: dict[tuple[str, str, int], dict[str, float]] = {}
+    for row in result["rows"]:
+        sides = best.setdefault((row["shape"], row["format"], row["concurrency"]), {})
+        sides[row["side"]] = max(row["decode_tokens_per_s"], sides.get(row["side"], 0.0))
+    for shape, format in dict.fromkeys(key[:2] for key in best):
+        cells = []
+        for load in loads:
+            sides = best[shape, format, load]
+            ours = sides["ours"]
+            peer = max(
+                (side for side in sides if side not in ("ours", "engine")), key=lambda side: sides[side]
+            )
+            cells.append(f"{ours:.0f} beside {sides[peer]:.0f} ({peer}): **{ours / sides[peer]:.2f}**")
+        rows.append(f"| {shape} | {format} | " + " | ".join(cells) + " |")
+    rows.append(f"\n{result['machine']}, {result['date']}.")
     return "\n".join(rows) + "\n"
 
 

@@ -20,6 +20,7 @@ def route(
     replicas: int | None,
     upstream: Sequence[str],
     policy: Policy,
+    hedge_after: str | None,
     host: str | None,
     port: int | None,
     options: Sequence[str],
@@ -36,6 +37,7 @@ def route(
         from muster.serve.gate import Front
         from muster.serve.keys import read_keys
         from muster.serve.rates import Rates
+        from muster.serve.router.hedge import Hedging
         from muster.serve.router.manifest import kubernetes
         from muster.serve.router.run import Local, Router
         from muster.serve.server import bind
@@ -53,6 +55,7 @@ def route(
         raise UsageError(f"--replicas {replicas} should be at least 1")
     if not upstream and path is None:
         raise UsageError("nothing to serve: give a model's PATH, or servers with --upstream URL")
+    hedging = Hedging(hedge_after)
     section, name = None, ""
     if path is not None:
         source = find_source(path)
@@ -72,4 +75,4 @@ def route(
     front = Front(keys=read_keys(keys, os.environ), rates=Rates(requests_per_minute=requests_per_minute))
     guarded = bool(front.keys)
     with open_log(access_log) as front.log, bind(address, number, guarded=guarded) as sock:
-        Router(sock, behind, policy, front, tls).run()
+        Router(sock, behind, policy, front, tls, hedging).run()

@@ -25,6 +25,7 @@ def serve(
     replicas: int | None = None,
     upstream: list[str] | None = None,
     policy: Literal["prefix", "tokens", "round-robin"] = "prefix",
+    hedge_after: str | None = None,
     manifest: Literal["kubernetes"] | None = None,
     max_wait: float = 60.0,
     keys: Path | None = None,
@@ -72,6 +73,9 @@ def serve(
     policy
         Which replica gets a request: `prefix`, that which knows its prompt's beginning, unless it is too busy;
         `tokens`, that with the least to do; `round-robin`, each in its turn.
+    hedge_after
+        Ask a second replica for a stream that has not begun after so long, as 500ms, or p95 for what 95 of 100 streams
+        begin within; the first token wins. Default: never.
     manifest
         Print the YAML that runs the replicas and the router on Kubernetes, instead of running them here.
     max_wait
@@ -135,6 +139,7 @@ def serve(
             replicas=replicas,
             upstream=upstream or (),
             policy=policy,
+            hedge_after=hedge_after,
             host=host,
             port=port,
             options=options,

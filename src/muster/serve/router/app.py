@@ -122,6 +122,12 @@ def figures(fleet: Fleet) -> str:
         lines.append(f"# TYPE muster_router_{name} {kind}")
         for replica, value in zip(fleet.replicas, values, strict=True):
             lines.append(f'muster_router_{name}{{replica="{replica.name}"}} {value:g}')
-    for name, count in (("failovers_total", fleet.failovers), ("retries_total", fleet.retries)):
+    totals = {
+        "failovers_total": fleet.failovers,
+        "retries_total": fleet.retries,
+        "hedges_total": fleet.hedging.hedges,
+        "hedge_wins_total": fleet.hedging.wins,
+    }
+    for name, count in totals.items():
         lines += [f"# TYPE muster_router_{name} counter", f"muster_router_{name} {count}"]
     return "\n".join(lines) + "\n"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from muster.serve.router.asked import Asked
 from muster.serve.router.breaker import Breaker, RetryBudget
+from muster.serve.router.hedge import Hedging
 from muster.serve.router.policy import Candidate, Policy, PrefixTable, choose
 from muster.serve.router.rates import Meter, weights
 from muster.serve.router.upstream import Gone, Upstream
@@ -57,7 +58,7 @@ class Attempt:
     ) -> None:
         self.replica, self.upstream = replica, upstream
         self._fleet, self._prompt, self._output = fleet, asked.prompt_cost, output
-        self._settled = False
+        self._settled = self._over = False
         replica.load += self._prompt + self._output
         replica.requests += 1
         replica.breaker.began()
@@ -76,10 +77,16 @@ class Attempt:
         self.replica.breaker.succeeded()
 
     def failed(self) -> None:
+        if self._over:
+            return
         self._settled = True
         self.replica.breaker.failed(time.monotonic())
 
     def ended(self) -> None:
+        """Nothing more comes; what is said of it later is not this attempt's."""
+        if self._over:
+            return
+        self._over = True
         if not self._settled:
             self.replica.breaker.abandoned()
         self.replica.load -= self._prompt + self._output
@@ -89,8 +96,9 @@ class Attempt:
 class Fleet:
     """All replicas. `policy` chooses among those that are ready."""
 
-    def __init__(self, replicas: Sequence[Replica], policy: Policy) -> None:
+    def __init__(self, replicas: Sequence[Replica], policy: Policy, hedging: Hedging | None = None) -> None:
         self.replicas, self.policy = replicas, policy
+        self.hedging = hedging or Hedging()
         self.budget = RetryBudget()
         self.prefixes = PrefixTable()
         self.failovers = self.retries = 0

@@ -10,13 +10,15 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
+from functools import partial
 
 from muster.serve.connection import event
 from muster.serve.failures import error_body
 from muster.serve.router.asked import Asked
-from muster.serve.router.fleet import Attempt, Fleet
+from muster.serve.router.fleet import Attempt, Fleet, Replica
+from muster.serve.router.hedge import race
 from muster.serve.router.trail import Trail
 from muster.serve.router.upstream import Exchange, Gone, Headers
 
@@ -54,6 +56,10 @@ class Incoming:
     avoided: set[int] = field(default_factory=set)
     deaths: int = 0
     tokens: int = 0
+    until_s: float = 0.0
+    """When it is given up, if no replica takes it."""
+    relays: bool = False
+    """Whether the replica that answers knows how to go on elsewhere."""
 
 
 async def forward(incoming: Incoming, fleet: Fleet) -> None:
@@ -63,25 +69,21 @@ async def forward(incoming: Incoming, fleet: Fleet) -> None:
     if asked.streams:
         prefix = "cmpl" if incoming.target.startswith("/v1/completions") else "chatcmpl"
         incoming.trail = Trail(f"{prefix}-{secrets.token_hex(16)}", int(time.time()))
-    until_s = time.monotonic() + WAIT_S
+    incoming.until_s = time.monotonic() + WAIT_S
     while True:
         replica = fleet.choose(asked, incoming.avoided, relaying=incoming.begun)
         if replica is None:
-            if time.monotonic() > until_s:
+            if time.monotonic() > incoming.until_s:
                 await _fail(incoming, 503, "no replica is ready; retry later")
                 return
             await fleet.wait()
             continue
-        relays = bool(replica.relays)
         try:
-            with fleet.attempt(replica, asked, incoming.tokens) as attempt:
-                if await _attempt(incoming, fleet, attempt, until_s):
+            with ExitStack() as attempts:
+                if await _attempt(incoming, fleet, replica, attempts):
                     return
-        except Gone as gone:
-            incoming.avoided.add(replica.index)
-            incoming.deaths += gone.had_it
-            _LOG.warning("%s", gone)
-            if incoming.begun and not relays:
+        except Gone:
+            if incoming.begun and not incoming.relays:
                 await _fail(
                     incoming, 502, "the server died, and its kind cannot go on elsewhere: send it again"
                 )
@@ -89,48 +91,105 @@ async def forward(incoming: Incoming, fleet: Fleet) -> None:
             if incoming.deaths >= DEATHS:
                 await _fail(incoming, 502, f"{DEATHS} replicas died with this request")
                 return
-            if gone.had_it:
-                replica.deaths += 1
-                fleet.failovers += 1
-                until_s = time.monotonic() + WAIT_S
 
 
-async def _attempt(incoming: Incoming, fleet: Fleet, attempt: Attempt, until_s: float) -> bool:
-    """Try one replica; whether the client has its answer. Raises Gone."""
-    asked, trail = incoming.asked, incoming.trail
-    relays = trail is not None and bool(attempt.replica.relays)
-    body = asked.body
-    if asked.generates and attempt.replica.relays:
-        body = asked.with_fields(relay=trail.relay) if trail is not None else asked.with_fields()
-    exchange = await attempt.upstream.send(incoming.method, incoming.target, incoming.headers, body)
+async def _attempt(incoming: Incoming, fleet: Fleet, replica: Replica, attempts: ExitStack) -> bool:
+    """Try one replica, or two of which the faster counts; whether the client has its answer. Raises Gone."""
+    attempt = attempts.enter_context(fleet.attempt(replica, incoming.asked, incoming.tokens))
+    if fleet.hedging.on and _may_hedge(incoming, replica):
+        attempt, exchange = await _hedged(incoming, fleet, attempt, attempts)
+    else:
+        exchange = await _open(incoming, fleet, attempt)
+    incoming.relays = bool(attempt.replica.relays)
     try:
-        refused = exchange.status in RETRIED or (incoming.begun and exchange.status >= 400)
-        if refused and await _may_retry(incoming, fleet, attempt, exchange, until_s):
+        refused = _is_refused(exchange) or (incoming.begun and exchange.status >= 400)
+        if refused and await _may_retry(incoming, fleet, attempt, exchange):
             return False
         attempt.succeeded() if exchange.status < 500 else attempt.failed()
         if exchange.status == 200 and exchange.streams:
-            return await _stream(incoming, fleet, attempt, exchange, trail if relays else None)
+            return await _stream(
+                incoming, fleet, attempt, exchange, incoming.trail if incoming.relays else None
+            )
         content = await exchange.whole()
-        attempt.delivered(asked.output_tokens)
+        attempt.delivered(incoming.asked.output_tokens)
         if incoming.begun:
             await _fail(incoming, 502, "no other replica could go on with the answer")
             return True
         await _begin(incoming, exchange, (b"content-length", str(len(content)).encode()))
         await incoming.write(content)
         return True
+    except Gone as gone:
+        _died(incoming, fleet, attempt.replica, gone)
+        raise
     finally:
         exchange.close()
 
 
-async def _may_retry(
-    incoming: Incoming, fleet: Fleet, attempt: Attempt, exchange: Exchange, until_s: float
-) -> bool:
+async def _open(incoming: Incoming, fleet: Fleet, attempt: Attempt, *, begun: bool = False) -> Exchange:
+    """Send the request; returns when the answer's header is there or, for `begun`, something of its body."""
+    asked, trail, replica = incoming.asked, incoming.trail, attempt.replica
+    body = asked.body
+    if asked.generates and replica.relays:
+        body = asked.with_fields(relay=trail.relay) if trail is not None else asked.with_fields()
+    exchange: Exchange | None = None
+    try:
+        exchange = await attempt.upstream.send(incoming.method, incoming.target, incoming.headers, body)
+        if begun:
+            await exchange.begun()
+        return exchange
+    except BaseException as error:
+        if exchange is not None:
+            exchange.close()
+        if isinstance(error, Gone):
+            _died(incoming, fleet, replica, error)
+        raise
+
+
+async def _hedged(
+    incoming: Incoming, fleet: Fleet, attempt: Attempt, attempts: ExitStack
+) -> tuple[Attempt, Exchange]:
+    """The answer that begins first, of one replica or of two."""
+
+    def second() -> Attempt | None:
+        avoided = {*incoming.avoided, attempt.replica.index}
+        other = fleet.choose(incoming.asked, avoided)
+        if other is None or other.index in avoided or not _may_hedge(incoming, other):
+            return None
+        if not fleet.budget.take():  # where all are slow, twice the work would make them slower
+            return None
+        return attempts.enter_context(fleet.attempt(other, incoming.asked, incoming.tokens))
+
+    opening = partial(_open, incoming, fleet, begun=True)
+    return await race(attempt, opening, second, fleet.hedging, _is_refused)
+
+
+def _may_hedge(incoming: Incoming, replica: Replica) -> bool:
+    """Whether two replicas would say the same, as all draws have a seed, and nothing has been said yet."""
+    seeded = incoming.asked.seed is None or bool(replica.relays)
+    return incoming.asked.streams and seeded and not incoming.begun and not incoming.tokens
+
+
+def _died(incoming: Incoming, fleet: Fleet, replica: Replica, gone: Gone) -> None:
+    _LOG.warning("%s", gone)
+    incoming.avoided.add(replica.index)
+    if gone.had_it:
+        incoming.deaths += 1
+        replica.deaths += 1
+        fleet.failovers += 1
+        incoming.until_s = time.monotonic() + WAIT_S
+
+
+def _is_refused(exchange: Exchange) -> bool:
+    return exchange.status in RETRIED
+
+
+async def _may_retry(incoming: Incoming, fleet: Fleet, attempt: Attempt, exchange: Exchange) -> bool:
     """Whether a refusal is tried elsewhere: where somebody else is left, and the budget allows it. An answer that
     has begun is worth waiting for."""
     incoming.avoided.add(attempt.replica.index)
     others = [one for one in fleet.replicas if one.ready and one.index not in incoming.avoided]
     if incoming.begun:
-        if time.monotonic() > until_s:
+        if time.monotonic() > incoming.until_s:
             return False
         if not others:
             await fleet.wait()

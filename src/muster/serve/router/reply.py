@@ -62,6 +62,11 @@ class Reply:
         if self.ended and self._rest:
             self.reusable = False  # nobody has asked for more
 
+    @property
+    def shows(self) -> bool:
+        """Whether something of the body is there to take, or nothing will be."""
+        return bool(self._body) or self.ended
+
     def take(self) -> bytes:
         """What has come of the body, and was not taken before."""
         taken = b"".join(self._body)

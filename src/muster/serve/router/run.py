@@ -16,6 +16,7 @@ from muster.serve.gate import Front
 from muster.serve.limits import Limits
 from muster.serve.router.app import build_app
 from muster.serve.router.fleet import Fleet, Replica
+from muster.serve.router.hedge import Hedging
 from muster.serve.router.policy import Policy
 from muster.serve.router.probe import watch
 from muster.serve.router.supervise import Supervisor
@@ -49,6 +50,7 @@ class Router:
         policy: Policy,
         front: Front | None = None,
         tls: ssl.SSLContext | None = None,
+        hedging: Hedging | None = None,
     ) -> None:
         self._sock, self._behind = sock, behind
         self._url = url_of(sock, secure=tls is not None)
@@ -61,7 +63,7 @@ class Router:
             if twice := {url for url in urls if urls.count(url) > 1}:
                 raise UsageError(f"--upstream {min(twice)} is given twice: give each server once")
             replicas = [Replica(index, one.url, one) for index, one in enumerate(upstreams)]
-        self.fleet = Fleet(replicas, policy)
+        self.fleet = Fleet(replicas, policy, hedging)
         limits = Limits(context_tokens=0, body_bytes=BODY_BYTES)
         app = build_app(self.fleet, front, body_bytes=BODY_BYTES)
         self._server = _Server(app, limits, on_ready=self._on_ready, front=front, tls=tls)

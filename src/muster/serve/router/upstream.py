@@ -64,6 +64,11 @@ class Exchange:
                 return
             await self._upstream.receive(self._connection)
 
+    async def begun(self) -> None:
+        """Until the body's first piece is there; raises Gone."""
+        while not self._reply.shows:
+            await self._upstream.receive(self._connection)
+
     async def whole(self) -> bytes:
         return b"".join([piece async for piece in self.pieces()])
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import torch
@@ -11,6 +13,7 @@ import torch
 from muster.errors import ConfigError, DoesNotFit, UsageError
 from muster.model.spec import TransformerSpec
 from muster.parallel.layout import division_problems
+from muster.serve.adapters import Adapter, read_adapters
 from muster.serve.codec import TextCodec
 from muster.serve.crossing import WAITING_S
 from muster.serve.engine.batch import Network, PagedCache
@@ -59,6 +62,7 @@ class Opened:
     tensor: int = 1
     pipeline: int = 1
     """Ranks that the model is divided over."""
+    adapters: Sequence[Adapter] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +89,8 @@ class Setup:
     """Training steps behind the weights; 0 where unknown."""
     follow: str | None = None
     """The folder of a run whose newer checkpoints are taken up; None for none."""
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """Folders by name."""
 
     @property
     def ranks(self) -> int:
@@ -103,16 +109,19 @@ def open_model(
     pipeline: int = 1,
     follow: bool = False,
     waiting_s: float = WAITING_S,
+    adapters: Mapping[str, str] = MappingProxyType({}),
 ) -> Opened:
     """Load a model and start its engine: on a thread of this process, or in its own, and there over several ranks.
 
     `context_tokens` shortens the model's own context. `draft` is `ngram`, or the path of a smaller model with the
-    same tokenizer: its guesses at next tokens are used where that is measured to be faster. Raises UsageError for a
-    folder that cannot be served and DoesNotFit when the key-value cache of one sequence exceeds the free memory.
+    same tokenizer: its guesses at next tokens are used where that is measured to be faster. `adapters` are folders by
+    name. Raises UsageError for folders that cannot be served and DoesNotFit when the key-value cache of one sequence
+    exceeds the free memory.
     """
     source = find_source(model) if isinstance(model, Path) else model
     spec = read_spec(source.weights)
-    _refuse(spec, source, tensor, pipeline, follow)
+    _refuse(spec, source, tensor, pipeline, follow, adapters)
+    added = read_adapters(adapters, spec)
     codec = TextCodec.from_folder(source.tokenizer)
     if codec.tokenizer.vocab > spec.vocab:
         raise UsageError(
@@ -133,6 +142,7 @@ def open_model(
         pipeline=pipeline,
         step=source.step,
         follow=str(source.run) if follow else None,
+        adapters=dict(adapters),
     )
     # Ranks that share a kv head keep a copy each.
     setup = replace(setup, blocks=count_blocks(replace(spec, kv_heads=max(spec.kv_heads, tensor)), setup))
@@ -149,6 +159,7 @@ def open_model(
         kernels=choose_kernels(compute_dtype(dtype))[1],
         tensor=tensor,
         pipeline=pipeline,
+        adapters=added,
     )
 
 
@@ -173,20 +184,29 @@ def _draft_folder(path: Path, codec: TextCodec) -> Path:
     return source.weights
 
 
-def _refuse(spec: TransformerSpec, source: Source, tensor: int, pipeline: int, follow: bool) -> None:
-    """Before anything is started, whatever cannot be divided or followed."""
+def _refuse(
+    spec: TransformerSpec,
+    source: Source,
+    tensor: int,
+    pipeline: int,
+    follow: bool,
+    adapters: Mapping[str, str],
+) -> None:
+    """Before anything is started, whatever cannot be divided, followed or named."""
     problems = [f"serve.layout{problem}" for problem in division_problems(spec, tensor, pipeline)]
     if follow and source.run is None:
         problems.append(
             f"serve.follow: {source.weights} is not of a run, so nothing newer can come: give a run folder"
         )
+    if source.name in adapters:
+        problems.append(f"adapter {source.name}: that is the model's own name: give it another")
     if problems:
         raise ConfigError(problems)
 
 
 def build_core(setup: Setup) -> Core:
     """Load the weights and make room for keys and values, in this process."""
-    network = load_network(Path(setup.folder), setup.dtype)
+    network = load_network(Path(setup.folder), setup.dtype, adapters=setup.adapters)
     blocks = setup.blocks or count_blocks(network.spec, setup)
     return core_of(setup, network, network.new_cache(blocks, BLOCK_TOKENS))
 
@@ -209,6 +229,7 @@ def core_of(setup: Setup, network: Network, cache: PagedCache) -> Core:
         drafter=drafter,
         salt=salt_of(setup.step),
         weights_step=setup.step,
+        adapters=list(setup.adapters),
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -10,6 +12,7 @@ from muster.checkpoint import manifest
 from muster.model import folder as hf
 from muster.model.spec import TransformerSpec
 from muster.model.transformer import Value
+from muster.serve.adapters import read_adapters
 from muster.serve.engine.network import Total, TransformerNetwork, same
 from muster.serve.engine.packed import pack_model
 from muster.serve.engine.packed_file import open_packed
@@ -35,10 +38,15 @@ def open_weights(folder: Path) -> Value:
 
 
 def load_network(
-    folder: Path, format: Format, part: Part | None = None, total: Total = same
+    folder: Path,
+    format: Format,
+    part: Part | None = None,
+    total: Total = same,
+    adapters: Mapping[str, str] = MappingProxyType({}),
 ) -> TransformerNetwork:
     """The network of a model in a format, or of one rank's part of it; `total` sums over the ranks of a layer.
 
+    `adapters` are folders by name.
     Of a whole model in Hugging Face layout, int8 and int4 are kept in its folder for the next start.
     """
     compute = compute_dtype(format)
@@ -47,7 +55,8 @@ def load_network(
     else:
         part = part or Part.of(read_spec(folder))
         packed = pack_model(load_part(part, open_weights(folder), dtype=compute), format, part=part)
-    return TransformerNetwork(packed, choose_kernels(compute)[0], total)
+    added = read_adapters(adapters, packed.part.whole)
+    return TransformerNetwork(packed, choose_kernels(compute)[0], total, added)
 
 
 def compute_dtype(format: Format) -> torch.dtype:

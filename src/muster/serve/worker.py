@@ -121,13 +121,13 @@ def _place(setup: Setup) -> tuple[Grid, Orders, Load]:
 
 def _load(setup: Setup, grid: Grid | None = None) -> Load:
     if grid is None:
-        return lambda folder: load_network(Path(folder), setup.dtype)
+        return lambda folder: load_network(Path(folder), setup.dtype, adapters=setup.adapters)
     place = grid
 
     def load(folder: str) -> TransformerNetwork:
         spec = read_spec(Path(folder))
         part = Part.of(spec, place.rank, tensor=setup.tensor, pipeline=setup.pipeline)
-        return load_network(Path(folder), setup.dtype, part, place.total)
+        return load_network(Path(folder), setup.dtype, part, place.total, setup.adapters)
 
     return load
 

@@ -7,9 +7,10 @@ step is one pass whatever it mixes. Shapes: N new tokens, S sequences, P pages a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from muster.errors import MusterError
@@ -35,6 +36,8 @@ class Batch:
     """(S, P) each sequence's blocks in order, padded with 0."""
     wanted: Tensor
     """(W,) rows of the N whose logits are asked for."""
+    adapted: Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.int64))
+    """(A, 3) an adapter's number, counted from 1, and its rows: the first, and the one after the last. On the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

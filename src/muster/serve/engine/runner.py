@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +58,7 @@ def make_batch(works: Sequence[Work], block_tokens: int) -> Batch:
     starts = np.zeros(len(works) + 1, dtype=np.int64)
     rows.cumsum(out=starts[1:])
     lengths = firsts + rows
+    owners = [work.sequence.adapter for work in works]
     table = np.zeros((len(works), -(-int(lengths.max()) // block_tokens)), dtype=np.int64)  # (S, P)
     for row, work in zip(table, works, strict=True):
         blocks = np.frombuffer(work.sequence.blocks, dtype=np.int64)[: len(row)]
@@ -65,6 +69,7 @@ def make_batch(works: Sequence[Work], block_tokens: int) -> Batch:
     arrays = (np.array(tokens, dtype=np.int64), positions, slots, starts, lengths, table)
     made = [torch.from_numpy(one) for one in (*arrays, np.array(wanted, dtype=np.int64))]
     return Batch(
+        adapted=_adapted(owners, starts),
         tokens=made[0],
         positions=made[1],
         slots=made[2],
@@ -75,6 +80,17 @@ def make_batch(works: Sequence[Work], block_tokens: int) -> Batch:
     )
 
 
+def _adapted(adapters: Sequence[int], starts: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
+    """(A, 3) runs of works with the same adapter: its number and their rows."""
+    runs: list[tuple[int, int, int]] = []
+    end = 0
+    for adapter, group in groupby(adapters):
+        first, end = end, end + len(list(group))
+        if adapter:
+            runs.append((adapter, int(starts[first]), int(starts[end])))
+    return torch.tensor(runs, dtype=torch.int64).view(-1, 3)
+
+
 def _moved(batch: Batch, device: torch.device) -> Batch:
     names = ("tokens", "positions", "slots", "starts", "lengths", "table", "wanted")
-    return Batch(**{name: getattr(batch, name).to(device, non_blocking=True) for name in names})
+    return replace(batch, **{name: getattr(batch, name).to(device, non_blocking=True) for name in names})

@@ -197,19 +197,25 @@ def _serving(
     tls: ssl.SSLContext | None = None,
     warm_up: Callable[[], Awaitable[None]] | None = None,
     wait: bool = True,
+    adapters: Sequence[str] = (),
     **limits: float,
 ) -> Iterator[Served]:
     tokenizer = Tokenizer.byte()
     codec = TextCodec(tokenizer=tokenizer, eos_ids=frozenset({tokenizer.eos_id}), template=template)
     engine = thread_engine(
-        model, streams=streams, waiting_limit=waiting_limit, vocab=tokenizer.vocab, guides=codec.guides
+        model,
+        streams=streams,
+        waiting_limit=waiting_limit,
+        vocab=tokenizer.vocab,
+        guides=codec.guides,
+        adapters=adapters,
     )
     bounds = Limits(context_tokens=model.spec.context, **limits)  # type: ignore[arg-type]
     sock = bind("127.0.0.1", 0)
     url = url_of(sock, secure=tls is not None)
     ready = threading.Event()
     front = front or Front()
-    app = build_app(engine, codec, "tiny", bounds, front)
+    app = build_app(engine, codec, "tiny", bounds, front, adapters)
     server = Server(app, bounds, on_ready=ready.set, front=front, tls=tls, warm_up=warm_up)
     thread = threading.Thread(target=server.serve_on, args=(sock,))
     thread.start()

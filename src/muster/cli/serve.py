@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ def serve(
     tensor: int | None = None,
     pipeline: int | None = None,
     follow: bool = False,
+    adapter: list[str] | None = None,
     replicas: int | None = None,
     upstream: list[str] | None = None,
     policy: Literal["prefix", "tokens", "round-robin"] = "prefix",
@@ -64,6 +66,9 @@ def serve(
         Ranks over which the layers are divided. Default: the run file's serve.layout, else 1.
     follow
         Take up newer checkpoints of the run while serving, without dropping a request.
+    adapter
+        NAME=FOLDER of a LoRA adapter in PEFT's layout; several times for several. A request that names it as its model
+        is answered by the model with it. Default: the run file's serve.adapters.
     replicas
         Serve so many processes of the model behind a router, which starts a dead one again and lets another finish its
         answers.
@@ -115,6 +120,7 @@ def serve(
     for name, rate in (("requests", requests_per_minute), ("tokens", tokens_per_minute)):
         if rate is not None and rate < 1:
             raise UsageError(f"--{name}-per-minute {rate} should be at least 1")
+    adapters = _named(adapter or ())
     if replicas is not None or upstream or manifest is not None or path is None:
         if tokens_per_minute is not None:
             raise UsageError(
@@ -134,6 +140,7 @@ def serve(
         }
         options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
         options += ["--follow"] if follow else []
+        options += [text for one in adapter or () for text in ("--adapter", one)]
         route(
             path,
             replicas=replicas,
@@ -193,9 +200,11 @@ def serve(
                 pipeline=pipeline or section.layout.pipeline,
                 follow=follow or section.follow,
                 waiting_s=max_wait,
+                adapters=(section.adapters or {}) | adapters,
             )
             limits = Limits(context_tokens=model.context_tokens, request_s=section.timeout)
-            app = build_app(model.engine, model.codec, model.model_id, limits, front)
+            names = [one.name for one in model.adapters]
+            app = build_app(model.engine, model.codec, model.model_id, limits, front, names)
 
             url = url_of(sock, secure=tls is not None)
 
@@ -208,6 +217,9 @@ def serve(
                     sys.stdout.write(
                         f"layout  tensor {model.tensor} x pipeline {model.pipeline}: {ranks} ranks\n"
                     )
+                for one in model.adapters:
+                    size = f"rank {one.rank}, {count(one.parameters)} parameters"
+                    sys.stdout.write(f"adapter {one.name}: {size}\n")
                 sys.stdout.write(f"threads {model.threads}: {model.threads_reason}\n")
                 sys.stdout.write(f"kernels {model.kernels}\n")
                 sys.stdout.write(f"serving {model.model_id} on {url}  ({facts})\n")
@@ -229,6 +241,19 @@ def serve(
 
 def _missing(error: ModuleNotFoundError) -> Exception:
     return error if str(error.name).startswith("muster") else MissingExtra("muster serve", "serve")
+
+
+def _named(adapters: Sequence[str]) -> dict[str, str]:
+    """Folders by name; UsageError for what is not NAME=FOLDER, and for a name that comes twice."""
+    found: dict[str, str] = {}
+    for one in adapters:
+        name, equals, folder = one.partition("=")
+        if not (name and equals and folder):
+            raise UsageError(f"--adapter {one} should be NAME=FOLDER")
+        if name in found:
+            raise UsageError(f"--adapter {name} is given twice: each needs a name of its own")
+        found[name] = folder
+    return found
 
 
 def _complain(sentence: str) -> None:

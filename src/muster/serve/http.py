@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from fastapi import FastAPI, Request
@@ -40,14 +40,20 @@ from muster.serve.tokens import detokenized, embedded, tokenized
 from muster.serve.visit import Visit
 
 JSON = "application/json"
-Body = TypeVar("Body")
+Body = TypeVar("Body", CompletionRequest, ChatRequest, EmbeddingRequest)
 Read = TypeVar("Read")
 
 
 def build_app(
-    engine: Engine, codec: TextCodec, model_id: str, limits: Limits, front: Front | None = None
+    engine: Engine,
+    codec: TextCodec,
+    model_id: str,
+    limits: Limits,
+    front: Front | None = None,
+    adapters: Sequence[str] = (),
 ) -> ASGIApp:
-    """An ASGI app that serves one model. The caller owns `engine` and closes it."""
+    """An ASGI app that serves one model, and under their own names its adapters. The caller owns `engine` and closes
+    it."""
     front = front or Front()
     app = FastAPI(title="muster", docs_url=None, redoc_url=None)
     failures.install(app)
@@ -61,27 +67,35 @@ def build_app(
         "chat_template": codec.template is not PLAIN,  # extension, for `muster chat`
     }
 
-    def served() -> Json:
+    def served(name: str) -> Json:
         step = engine.stats().weights_step
-        return card | ({"step": step} if step else {})  # extension: it rises where a training is followed
+        parent = {} if name == model_id else {"id": name, "parent": model_id}  # as in vLLM
+        return (
+            card | parent | ({"step": step} if step else {})
+        )  # extension: it rises where a training is followed
 
-    def check_model(name: str) -> None:
-        if name != model_id:
-            raise RequestError(
-                404,
-                f"the model '{name[:200]}' is not served here; use '{model_id}'",
-                param="model",
-                code="model_not_found",
-            )
+    def check_model(name: str) -> str:
+        """The adapter that a model's name stands for; none is the model alone."""
+        if name == model_id:
+            return ""
+        if name in adapters:
+            return name
+        others = f" or one of its {len(adapters)} adapters" if adapters else ""
+        raise RequestError(
+            404,
+            f"the model '{name[:200]}' is not served here; use '{model_id}'{others}",
+            param="model",
+            code="model_not_found",
+        )
 
     def charge(prompt_tokens: int, visit: Visit) -> None:
         visit.prompt_tokens = prompt_tokens
         front.rates.use(visit.client.name, prompt_tokens)
 
-    async def respond(job: Job, request: Request) -> Response:
+    async def respond(job: Job, name: str, request: Request) -> Response:
         visit = Visit.of(request.scope)
         charge(job.prompt_tokens, visit)
-        answer = Answer(job, engine, codec.decode, model_id, visit, front.metrics)
+        answer = Answer(job, engine, codec.decode, name, visit, front.metrics)
         if job.stream:
             return StreamedAnswer(answer, limits.request_s)
         try:
@@ -108,34 +122,32 @@ def build_app(
 
     @app.get("/v1/models", **document.MODELS)
     async def models() -> Json:
-        return {"object": "list", "data": [served()]}
+        return {"object": "list", "data": [served(name) for name in (model_id, *adapters)]}
 
     @app.get("/v1/models/{name:path}", **document.MODEL)
     async def model(name: str) -> Response:
         check_model(name)
-        return JSONResponse(served())
+        return JSONResponse(served(name))
 
     async def read(
-        reader: Callable[[Body, TextCodec, Limits, Client], Read], body: Body, request: Request
+        reader: Callable[[Body, TextCodec, Limits, Client, str], Read], body: Body, request: Request
     ) -> Read:
         """A body as work. Tokenising releases the GIL and may take a while: other streams go on meanwhile."""
+        adapter = check_model(body.model)
         engine.check()
         visit = Visit.of(request.scope)
-        return await asyncio.to_thread(reader, body, codec, limits, visit.client)
+        return await asyncio.to_thread(reader, body, codec, limits, visit.client, adapter)
 
     @app.post("/v1/completions", **document.COMPLETION)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        check_model(body.model)
-        return await respond(await read(read_completion, body, request), request)
+        return await respond(await read(read_completion, body, request), body.model, request)
 
     @app.post("/v1/chat/completions", **document.CHAT)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        check_model(body.model)
-        return await respond(await read(read_chat, body, request), request)
+        return await respond(await read(read_chat, body, request), body.model, request)
 
     @app.post("/v1/embeddings", **document.EMBEDDINGS)
     async def embed(body: EmbeddingRequest, request: Request) -> Response:
-        check_model(body.model)
         requests = await read(read_embedding, body, request)
         prompt_tokens = sum(len(one.prompt) for one in requests)
         charge(prompt_tokens, Visit.of(request.scope))
@@ -144,7 +156,7 @@ def build_app(
         except ClientDisconnect:
             return Response(status_code=499)
         base64 = body.encoding_format == "base64"
-        return JSONResponse(embeddings(vectors, model_id, prompt_tokens, base64))
+        return JSONResponse(embeddings(vectors, body.model, prompt_tokens, base64))
 
     @app.post("/tokenize", **document.TOKENIZE)
     async def tokenize(body: TokenizeRequest) -> Response:

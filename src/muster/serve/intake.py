@@ -44,11 +44,21 @@ class Job:
     relay: Relay | None = None
 
 
-def read_completion(body: CompletionRequest, codec: TextCodec, limits: Limits, client: Client) -> Job:
+def read_completion(
+    body: CompletionRequest, codec: TextCodec, limits: Limits, client: Client, adapter: str = ""
+) -> Job:
     """A completions body as a job; raises RequestError."""
     prompts = _encoded(body.prompts, body.n or 1, codec, limits, "prompt")
     requests = _requests(
-        body, prompts, body.max_tokens, DEFAULT_COMPLETION_TOKENS, body.logprobs, codec, limits, client
+        body,
+        prompts,
+        body.max_tokens,
+        DEFAULT_COMPLETION_TOKENS,
+        body.logprobs,
+        codec,
+        limits,
+        client,
+        adapter,
     )
     echo: list[str] = []
     if body.echo:
@@ -66,13 +76,15 @@ def read_completion(body: CompletionRequest, codec: TextCodec, limits: Limits, c
     )
 
 
-def read_chat(body: ChatRequest, codec: TextCodec, limits: Limits, client: Client) -> Job:
+def read_chat(body: ChatRequest, codec: TextCodec, limits: Limits, client: Client, adapter: str = "") -> Job:
     """A chat body as a job; raises RequestError."""
     _check_choices(1, body.n or 1, limits.choices)
     prompt = encode_messages(body.messages, body.offered, codec, limits)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     asked = body.max_completion_tokens or body.max_tokens
-    requests = _requests(body, [prompt], asked, limits.context_tokens, logprobs, codec, limits, client)
+    requests = _requests(
+        body, [prompt], asked, limits.context_tokens, logprobs, codec, limits, client, adapter
+    )
     chat = ChatShape(decode=codec.decode, logprobs=logprobs is not None)
     names = frozenset(tool.function.name for tool in body.offered)
     return Job(
@@ -87,13 +99,15 @@ def read_chat(body: ChatRequest, codec: TextCodec, limits: Limits, client: Clien
     )
 
 
-def read_embedding(body: EmbeddingRequest, codec: TextCodec, limits: Limits, client: Client) -> list[Request]:
+def read_embedding(
+    body: EmbeddingRequest, codec: TextCodec, limits: Limits, client: Client, adapter: str = ""
+) -> list[Request]:
     """An embeddings body as work for the engine; raises RequestError."""
     prompts = _encoded(prompts_of(body.input), 1, codec, limits, "input")
     for prompt in prompts:
         if len(prompt) > limits.context_tokens:
             raise _too_long(f"has {len(prompt)}", limits.context_tokens, "input")
-    who = _standing(client, body.user, body.priority)
+    who = _standing(client, body.user, body.priority, adapter)
     params = SamplingParams(max_tokens=0)
     return [
         Request(id=uuid.uuid4().hex, prompt=prompt, params=params, embed=True, **who) for prompt in prompts
@@ -125,8 +139,8 @@ def _encoded(
     return prompts
 
 
-def _standing(client: Client, user: str | None, priority: int | None) -> _Standing:
-    """Whom the engine serves, and how soon."""
+def _standing(client: Client, user: str | None, priority: int | None, adapter: str) -> _Standing:
+    """Whom the engine serves, how soon, and as which model."""
     if priority is not None and priority < 0 and not client.trusted:
         raise RequestError(
             403,
@@ -134,12 +148,13 @@ def _standing(client: Client, user: str | None, priority: int | None) -> _Standi
             param="priority",
         )
     name = f"{client.name}/{user}" if user is not None and client.trusted else client.name
-    return {"client": name, "priority": priority or 0}
+    return {"client": name, "priority": priority or 0, "adapter": adapter}
 
 
 class _Standing(TypedDict):
     client: str
     priority: int
+    adapter: str
 
 
 def _requests(
@@ -151,9 +166,10 @@ def _requests(
     codec: TextCodec,
     limits: Limits,
     client: Client,
+    adapter: str,
 ) -> list[Request]:
     n = body.n or 1
-    who = _standing(client, body.user, body.priority)
+    who = _standing(client, body.user, body.priority, adapter)
     seed = secrets.randbits(63) if body.seed is None else body.seed
     bias = {int(id): value for id, value in (body.logit_bias or {}).items()}
     if bias and max(bias) >= codec.tokenizer.vocab:

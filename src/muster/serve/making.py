@@ -45,7 +45,7 @@ def serve(told: dict[str, Any], ahead: ReadAhead, inbox: Inbox, end: End, stack:
     else:
 
         def load(folder: str) -> TransformerNetwork:
-            return load_network(Path(folder), setup.dtype, read=ahead, device=device)
+            return load_network(Path(folder), setup.dtype, read=ahead, device=device, adapters=setup.adapters)
 
     setup, own = _loaded(setup, load, orders)
     cache = own.new_cache(setup.blocks, BLOCK_TOKENS)
@@ -96,7 +96,7 @@ def _place(setup: Setup) -> tuple[Grid, Orders, Load]:
     def load(folder: str) -> TransformerNetwork:
         spec = read_spec(Path(folder))
         part = Part.of(spec, grid.rank, tensor=setup.tensor, pipeline=setup.pipeline)
-        return load_network(Path(folder), setup.dtype, part, grid.total)
+        return load_network(Path(folder), setup.dtype, part, grid.total, adapters=setup.adapters)
 
     return grid, orders, load
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import psutil
@@ -18,6 +20,7 @@ from muster.serve.protocol import Engine
 if TYPE_CHECKING:
     import torch
 
+    from muster.serve.adapters import Adapter
     from muster.serve.codec import TextCodec
     from muster.serve.engine.batch import Network, PagedCache
     from muster.serve.engine.core import Core
@@ -63,6 +66,7 @@ class Opened:
     tensor: int = 1
     pipeline: int = 1
     """Ranks that the model is divided over."""
+    adapters: Sequence[Adapter] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +93,8 @@ class Setup:
     """Training steps behind the weights; 0 where unknown."""
     follow: str | None = None
     """The folder of a run whose newer checkpoints are taken up; None for none."""
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """Folders by name."""
 
     @property
     def ranks(self) -> int:
@@ -108,19 +114,21 @@ def open_model(
     pipeline: int = 1,
     follow: bool = False,
     waiting_s: float = WAITING_S,
+    adapters: Mapping[str, str] = MappingProxyType({}),
 ) -> Opened:
     """Load a model and start its engine: on a thread of this process, or in its own, and there over several ranks.
 
     `context_tokens` shortens the model's own context. `draft` is `ngram`, or the path of a smaller model with the
-    same tokenizer: its guesses at next tokens are used where that is measured to be faster. `worker` is the process of
-    the engine, begun earlier. Raises UsageError for a folder that cannot be served and DoesNotFit when the key-value
-    cache of one sequence exceeds the free memory.
+    same tokenizer: its guesses at next tokens are used where that is measured to be faster. `adapters` are folders by
+    name. `worker` is the process of the engine, begun earlier. Raises UsageError for folders that cannot be served and
+    DoesNotFit when the key-value cache of one sequence exceeds the free memory.
     """
     from muster.serve.codec import TextCodec
 
     source = find_source(model) if isinstance(model, Path) else model
     spec = read_spec(source.weights)
-    _refuse(spec, source, tensor, pipeline, follow)
+    _refuse(spec, source, tensor, pipeline, follow, adapters)
+    added = _read(adapters, spec)
     codec = TextCodec.from_folder(source.tokenizer)
     if codec.tokenizer.vocab > spec.vocab:
         raise UsageError(
@@ -141,6 +149,7 @@ def open_model(
         pipeline=pipeline,
         step=source.step,
         follow=str(source.run) if follow else None,
+        adapters=dict(adapters),
     )
     engine, kernels = _start(setup, own_process, worker, waiting_s)
     return Opened(
@@ -156,6 +165,7 @@ def open_model(
         kernels=kernels,
         tensor=tensor,
         pipeline=pipeline,
+        adapters=added,
     )
 
 
@@ -177,6 +187,14 @@ def _start(setup: Setup, own_process: bool, worker: Worker | None, waiting_s: fl
     return made, made.kernels
 
 
+def _read(adapters: Mapping[str, str], spec: TransformerSpec) -> Sequence[Adapter]:
+    if not adapters:
+        return ()
+    from muster.serve.adapters import read_adapters
+
+    return read_adapters(adapters, spec)
+
+
 def _draft_folder(path: Path, codec: TextCodec) -> Path:
     from muster.serve.codec import TextCodec
 
@@ -190,8 +208,15 @@ def _draft_folder(path: Path, codec: TextCodec) -> Path:
     return source.weights
 
 
-def _refuse(spec: TransformerSpec, source: Source, tensor: int, pipeline: int, follow: bool) -> None:
-    """Before anything is started, whatever cannot be divided or followed."""
+def _refuse(
+    spec: TransformerSpec,
+    source: Source,
+    tensor: int,
+    pipeline: int,
+    follow: bool,
+    adapters: Mapping[str, str],
+) -> None:
+    """Before anything is started, whatever cannot be divided, followed or named."""
     from muster.parallel.layout import division_problems
 
     problems = [f"serve.layout{problem}" for problem in division_problems(spec, tensor, pipeline)]
@@ -199,6 +224,8 @@ def _refuse(spec: TransformerSpec, source: Source, tensor: int, pipeline: int, f
         problems.append(
             f"serve.follow: {source.weights} is not of a run, so nothing newer can come: give a run folder"
         )
+    if source.name in adapters:
+        problems.append(f"adapter {source.name}: that is the model's own name: give it another")
     if problems:
         raise ConfigError(problems)
 
@@ -208,7 +235,8 @@ def build_core(setup: Setup) -> Core:
     from muster.serve.weights import choose_device, load_network
 
     setup = with_blocks(setup)
-    network = load_network(Path(setup.folder), setup.dtype, device=choose_device(setup.ranks))
+    device = choose_device(setup.ranks)
+    network = load_network(Path(setup.folder), setup.dtype, device=device, adapters=setup.adapters)
     return core_of(setup, network, network.new_cache(setup.blocks, BLOCK_TOKENS))
 
 
@@ -244,6 +272,7 @@ def core_of(setup: Setup, network: Network, cache: PagedCache) -> Core:
         drafter=drafter,
         salt=salt_of(setup.step),
         weights_step=setup.step,
+        adapters=list(setup.adapters),
     )
 
 

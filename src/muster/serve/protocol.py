@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from muster.errors import MusterError
+from muster.errors import MusterError, UsageError
 
 FinishReason = Literal["stop", "length"]
 
@@ -81,8 +81,22 @@ class Request:
     generated: tuple[int, ...] = ()
     """What another engine has generated already: fewer than `max_tokens` ids, which come first and are not
     delivered again. What follows is what that engine would have gone on with, draws included if a seed is given."""
+    adapter: str = ""
+    """Name of the adapter that computes it; none is the model alone."""
     embed: bool = False
     """Deliver, instead of tokens, one that carries the prompt's embedding."""
+
+    def check(self, context_tokens: int) -> None:
+        """Raise UsageError for what cannot be generated in that context."""
+        prompt, done, most = len(self.prompt), len(self.generated), self.params.max_tokens
+        if not prompt:
+            raise UsageError("a prompt needs a token to go on from")
+        if done and done >= most:
+            raise UsageError(f"{done} of {most} tokens are generated already: nothing is left")
+        if prompt + most > context_tokens:
+            raise UsageError(
+                f"{prompt} tokens of prompt and {most} to generate exceed the context of {context_tokens}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

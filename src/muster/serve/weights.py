@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import torch
 
 from muster.model import folder as hf
 from muster.model.transformer import Value
+from muster.serve.adapters import read_adapters
 from muster.serve.engine.graphs import GraphedNetwork
 from muster.serve.engine.network import Total, TransformerNetwork, same
 from muster.serve.engine.packed import pack_model
@@ -37,11 +39,12 @@ def load_network(
     total: Total = same,
     read: Read = read_bytes,
     device: torch.device | str = "cpu",
+    adapters: Mapping[str, str] = MappingProxyType({}),
 ) -> TransformerNetwork:
     """The network of a model in a format, or of one rank's part of it; `total` sums over the ranks of a layer.
 
-    Of a whole model in Hugging Face layout, weights packed for the CPU are kept in its folder for the next start;
-    `read` reads those.
+    `adapters` are folders by name. Of a whole model in Hugging Face layout, weights packed for the CPU are kept in its
+    folder for the next start; `read` reads those.
     """
     compute = compute_dtype(format)
     kernels, _ = choose_kernels(compute, device)
@@ -52,7 +55,8 @@ def load_network(
         part = part or Part.of(read_spec(folder))
         model = load_part(part, open_weights(folder), dtype=compute)
         packed = pack_model(model, format, part=part, packed=on_cpu)
-    return (TransformerNetwork if on_cpu else GraphedNetwork)(packed, kernels, total)
+    added = read_adapters(adapters, packed.part.whole)
+    return (TransformerNetwork if on_cpu else GraphedNetwork)(packed, kernels, total, added)
 
 
 def load_if_there(

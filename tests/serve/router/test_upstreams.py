@@ -222,6 +222,20 @@ def test_a_server_that_is_not_there_is_left_out(other: Foreign, route: Any) -> N
         assert httpx.get(f"{url}/health/ready").json() == {"status": "ready"}
 
 
+def test_an_adapter_is_asked_for_where_there_is_one(
+    model: Any, serving: Any, served: Any, route: Any
+) -> None:
+    """And a model that nobody has is refused by whoever is asked."""
+    body = {"prompt": "x", "max_tokens": 2}
+    with serving(model, adapters=("mine",)) as other, route(served.url, other.url) as url:
+        before = other.engine.stats().steps
+        for _ in range(6):
+            answer = httpx.post(f"{url}/v1/completions", json=body | {"model": "mine"})
+            assert (answer.status_code, answer.json()["model"]) == (200, "mine")
+        assert other.engine.stats().steps - before >= 6
+        assert httpx.post(f"{url}/v1/completions", json=body | {"model": "nobody's"}).status_code == 404
+
+
 def test_muster_answers_through_a_router_as_it_does_itself(served: Any, route: Any) -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "seed": 3, "max_tokens": 20}
     with route(served.url) as url, route(url) as second:

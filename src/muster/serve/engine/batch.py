@@ -7,7 +7,7 @@ step is one pass whatever it mixes. Shapes: N new tokens, S sequences, P pages a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -36,15 +36,18 @@ class Batch:
     """(S, P) each sequence's blocks in order, padded with 0."""
     wanted: Tensor
     """(W,) rows of the N whose logits are asked for."""
+    adapted: Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.int64))
+    """(A, 3) an adapter's number, counted from 1, and its rows: the first, and the one after the last. On the CPU."""
 
     @property
     def decodes(self) -> bool:
-        """Whether it is one token of each sequence, all of them wanted."""
-        return len(self.tokens) == len(self.lengths) == len(self.wanted)
+        """Whether it is one token of each sequence, all of them wanted, and of the model alone."""
+        return len(self.tokens) == len(self.lengths) == len(self.wanted) and not len(self.adapted)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on another device."""
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        names = ("tokens", "positions", "slots", "starts", "lengths", "table", "wanted")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

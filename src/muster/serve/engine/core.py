@@ -21,7 +21,7 @@ from muster.errors import UsageError
 from muster.serve.adjust import Adjustment, adjust
 from muster.serve.crossing import Outcome
 from muster.serve.engine.batch import Network, NetworkLost, PagedCache
-from muster.serve.engine.blocks import BlockPool, root
+from muster.serve.engine.blocks import BlockPool, Key, root
 from muster.serve.engine.runner import Runner
 from muster.serve.engine.scheduler import Scheduler, Work
 from muster.serve.engine.sequence import Sequence as Scheduled
@@ -57,7 +57,8 @@ class Core:
 
     `streams` sequences run at once, a step computes `step_tokens` tokens at most. Tokens from `vocab` on (padding
     of the embedding matrix) are never drawn. `salt` names what the weights are: blocks of others are not shared.
-    `drafter` guesses tokens ahead where that is measured to pay, or always.
+    `drafter` guesses tokens ahead where that is measured to pay, or always. `adapters` are the names of the network's,
+    in its order.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Core:
         drafter: Drafter | None = None,
         always_draft: bool = False,
         weights_step: int = 0,
+        adapters: Sequence[str] = (),
     ) -> None:
         pool = BlockPool(cache.keys[0].shape[0], cache.block_tokens, prefix_cache=prefix_cache)
         self._scheduler = Scheduler(pool, streams=streams, step_tokens=step_tokens)
@@ -85,7 +87,8 @@ class Core:
             )
         self._context_tokens = context_tokens
         self._runner = Runner(network, cache, vocab=vocab)
-        self._root, self._weights_step = root(salt), weights_step
+        self._adapters = {name: number for number, name in enumerate(("", *adapters))}
+        self._roots, self._weights_step = self._rooted(salt), weights_step
         self._guides = guides
         self._drafter, self._gain = drafter, None if always_draft else Gain()
         self._drafted = self._accepted_tokens = 0
@@ -104,40 +107,19 @@ class Core:
     def add(self, request: Request) -> None:
         """Queue a request."""
         prompt, params = request.prompt, request.params
-        if not prompt:
-            self._outcome.items.append((request.id, EngineError("a prompt needs a token to go on from")))
+        try:
+            matcher = self._checked(request)
+        except UsageError as refusal:
+            self._outcome.items.append((request.id, EngineError(str(refusal))))
             return
-        if request.generated and len(request.generated) >= params.max_tokens:
-            error = EngineError(
-                f"{len(request.generated)} of {params.max_tokens} tokens are generated already: nothing is left"
-            )
-            self._outcome.items.append((request.id, error))
-            return
-        if len(prompt) + params.max_tokens > self._context_tokens:
-            error = EngineError(
-                f"{len(prompt)} tokens of prompt and {params.max_tokens} to generate exceed the context of "
-                f"{self._context_tokens}"
-            )
-            self._outcome.items.append((request.id, error))
-            return
-        matcher: Matcher | None = None
-        if params.guide is not None:
-            if self._guides is None:
-                self._outcome.items.append((request.id, EngineError("this engine has no structured output")))
-                return
-            try:
-                matcher = self._guides.start(params.guide)
-            except UsageError as refusal:
-                self._outcome.items.append((request.id, EngineError(str(refusal))))
-                return
-            for id in request.generated:
-                matcher.push(id)
+        adapter = self._adapters[request.adapter]
         sequence = Scheduled(
             id=request.id,
             arrival=self._arrivals,
             tokens=[*prompt, *request.generated],
             prompt_tokens=len(prompt),
-            root=self._root,
+            root=self._roots[adapter],
+            adapter=adapter,
             priority=request.priority,
             client=request.client,
             preempted=bool(request.generated),  # elsewhere: it has waited once
@@ -155,6 +137,20 @@ class Core:
         )
         self._scheduler.add(sequence)
 
+    def _checked(self, request: Request) -> Matcher | None:
+        """What keeps its text to its guide, if it has one; UsageError for what cannot be computed here."""
+        request.check(self._context_tokens)
+        if request.adapter not in self._adapters:
+            raise UsageError(f"no adapter is called '{request.adapter}'")
+        if request.params.guide is None:
+            return None
+        if self._guides is None:
+            raise UsageError("this engine has no structured output")
+        matcher = self._guides.start(request.params.guide)
+        for id in request.generated:
+            matcher.push(id)
+        return matcher
+
     def cancel(self, request_id: str) -> None:
         """Forget a request and free what it holds; unknown ones are ignored."""
         live = self._live.get(request_id)
@@ -168,8 +164,8 @@ class Core:
         and values are computed again.
         """
         self._runner.renew(network)
-        self._root, self._weights_step = root(salt), weights_step
-        self._scheduler.restart(self._root)
+        self._roots, self._weights_step = self._rooted(salt), weights_step
+        self._scheduler.restart(self._roots)
 
     def abandon(self) -> Outcome:
         """End all requests, as the engine is stopping."""
@@ -199,6 +195,10 @@ class Core:
                 took = time.perf_counter() - began
                 self._gain.record(len(plan.works), guess, self._generated - before, took)
         return self._handed_over()
+
+    def _rooted(self, salt: str) -> list[Key]:
+        """Keys before the first block, by adapter: none finds what another has computed."""
+        return [root(f"{salt}/{name}" if name else salt) for name in self._adapters]
 
     def _guesses(self) -> dict[str, list[int]]:
         assert self._drafter is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from torch import Tensor
 from muster.model.moe import MoE
 from muster.model.rope import rotation_at
 from muster.model.transformer import Transformer
+from muster.serve.adapters import Adapter
+from muster.serve.engine.adapted import Adaptation, AdaptedLinear, Linear, Spans
 from muster.serve.engine.batch import Batch, PagedCache, carry_out
 from muster.serve.engine.blocks import Chore
 from muster.serve.engine.hugepages import huge_bytes
@@ -25,7 +28,6 @@ from muster.serve.kernels.ops import Kernels, choose_kernels
 from muster.serve.kernels.packing import Format
 from muster.serve.kernels.shape import Heads, QKNorm, Rotation
 
-Linear = Callable[[Tensor], Tensor]
 Total = Callable[[Tensor], Tensor]
 """The sum of x over the ranks that a layer is divided over."""
 
@@ -38,17 +40,21 @@ def same(x: Tensor) -> Tensor:
 class TransformerNetwork:
     """A packed model behind the engine's `Network`; or a part of one, which `ranks.py` joins with the others.
 
-    `total` sums over the ranks that the layers are divided over; it may do so in place.
+    `total` sums over the ranks that the layers are divided over; it may do so in place. `adapters` are the whole
+    model's.
     """
 
-    def __init__(self, model: PackedModel, kernels: Kernels, total: Total = same) -> None:
+    def __init__(
+        self, model: PackedModel, kernels: Kernels, total: Total = same, adapters: Sequence[Adapter] = ()
+    ) -> None:
         spec = model.spec
         self.part, self.spec, self.compute, self.device = model.part, spec, model.compute, kernels.device
         self._kernels, self._total = kernels, total
         embed, positions = model.tensors.get("embed"), model.tensors.get("positions")
         self._embed = None if embed is None else embed.to(kernels.device)
         self._positions = None if positions is None else positions.to(kernels.device)
-        self._layers = [_Layer(model, kernels, layer, total) for layer in model.part.layers]
+        adaptation = Adaptation(adapters, model.part, kernels)
+        self._layers = [_Layer(model, kernels, layer, total, adaptation) for layer in model.part.layers]
         self._norm: _Norm | None = None
         if "head" in model.linears:
             self._norm = _Norm(model, kernels, "norm")
@@ -109,9 +115,10 @@ class TransformerNetwork:
     def through(self, batch: Batch, cache: PagedCache, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, E) through the layers: what comes out of the last one, and what is still to be added to it."""
         rotation = rotation_at(self.spec, batch.positions) if self.spec.positions == "rope" else None
+        spans = [(adapter, slice(first, end)) for adapter, first, end in batch.adapted.tolist()]
         residual: Tensor | None = None  # added to x by the next norm, which reads both anyhow
         for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
-            residual = layer(x, residual, rotation, batch, keys, values)
+            residual = layer(x, residual, rotation, batch, spans, keys, values)
         assert residual is not None
         return x, residual
 
@@ -130,7 +137,9 @@ class TransformerNetwork:
 class _Layer:
     """Attention and feed-forward; takes x and what is still to be added to it, and returns the next such."""
 
-    def __init__(self, model: PackedModel, kernels: Kernels, layer: int, total: Total) -> None:
+    def __init__(
+        self, model: PackedModel, kernels: Kernels, layer: int, total: Total, adaptation: Adaptation
+    ) -> None:
         spec, at = model.spec, f"layers.{layer}"
         self._kernels, self._total = kernels, total
         self._heads = Heads(heads=spec.heads, kv_heads=spec.kv_heads, dim=spec.head_dim, window=spec.window)
@@ -140,18 +149,44 @@ class _Layer:
             self._qk_norm = QKNorm(q=q, k=k, eps=spec.norm_eps)
         self._attention_norm = _Norm(model, kernels, f"{at}.attention_norm")
         self._mlp_norm = _Norm(model, kernels, f"{at}.mlp_norm")
-        self._qkv = kernels.linear(model.linears[f"{at}.qkv"], model.compute)
-        self._o = kernels.linear(model.linears[f"{at}.o"], model.compute)
-        self._mlp = _experts(model, kernels, at) if spec.experts else _mlp(model, kernels, at)
+
+        def linear(name: str, fused: dict[str, int]) -> AdaptedLinear:
+            """The matrix that was made from those, of so many features each."""
+            base = kernels.linear(model.linears[f"{at}.{name}"], model.compute)
+            return adaptation.of(base, {f"{at}.{one}.weight": features for one, features in fused.items()})
+
+        wide, narrow = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        self._qkv = linear("qkv", {"attention.q": wide, "attention.k": narrow, "attention.v": narrow})
+        self._o = linear("o", {"attention.o": spec.width})
+        self._mlp: Callable[[Tensor, Spans], Tensor]
+        if spec.experts:
+            experts = _experts(model, kernels, at)
+            self._mlp = lambda x, _: experts(x)
+        else:
+            gated = spec.mlp == "swiglu"
+            up = linear("gate_up", ({"mlp.gate": spec.ffn} if gated else {}) | {"mlp.up": spec.ffn})
+            activation = kernels.swiglu if gated else partial(F.gelu, approximate="tanh")
+            self._mlp = _MLP(up, activation, linear("down", {"mlp.down": spec.width}))
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None, rotation: Rotation | None, batch: Batch, keys: Tensor,
-        values: Tensor,
+        self, x: Tensor, residual: Tensor | None, rotation: Rotation | None, batch: Batch, spans: Spans,
+        keys: Tensor, values: Tensor,
     ) -> Tensor:  # fmt: skip
-        qkv = self._qkv(self._attention_norm(x, residual))  # (N, (H + 2 K) D)
+        qkv = self._qkv(self._attention_norm(x, residual), spans)  # (N, (H + 2 K) D)
         self._kernels.rotate_store(qkv, self._heads, rotation, self._qk_norm, batch.slots, keys, values)
-        attended = self._total(self._o(self._kernels.attend(qkv, self._heads, batch, keys, values)))
-        return self._total(self._mlp(self._mlp_norm(x, attended)))
+        attended = self._kernels.attend(qkv, self._heads, batch, keys, values)
+        residual = self._total(self._o(attended, spans))
+        return self._total(self._mlp(self._mlp_norm(x, residual), spans))
+
+
+class _MLP:
+    """down(activation(up x)), where `up` may be gate and up."""
+
+    def __init__(self, up: AdaptedLinear, activation: Linear, down: AdaptedLinear) -> None:
+        self._up, self._activation, self._down = up, activation, down
+
+    def __call__(self, x: Tensor, spans: Spans) -> Tensor:
+        return self._down(self._activation(self._up(x, spans)), spans)
 
 
 class _Norm:
@@ -169,14 +204,6 @@ class _Norm:
         if residual is not None:
             x.add_(residual)
         return F.layer_norm(x.float(), self._weight.shape, self._weight, self._bias, self._eps).to(x.dtype)
-
-
-def _mlp(model: PackedModel, kernels: Kernels, at: str) -> Linear:
-    gate_up = kernels.linear(model.linears[f"{at}.gate_up"], model.compute)
-    down = kernels.linear(model.linears[f"{at}.down"], model.compute)
-    if model.spec.mlp == "swiglu":
-        return lambda x: down(kernels.swiglu(gate_up(x)))
-    return lambda x: down(F.gelu(gate_up(x), approximate="tanh"))
 
 
 def _experts(model: PackedModel, kernels: Kernels, at: str) -> Linear:

@@ -29,8 +29,8 @@ _LOG = logging.getLogger(__name__)
 STEP_S = 120.0
 """Longest time that one rank waits for another within a step."""
 _FOREVER = timedelta(days=3650)
-_ARRAYS = 8
-"""Of a step: chores, and the seven tensors of a batch."""
+_ARRAYS = 9
+"""Of a step: chores, and the eight tensors of a batch."""
 
 Load = Callable[[str], TransformerNetwork]
 """A rank's part of the model in a folder."""
@@ -265,11 +265,12 @@ def _word(letters: Tensor) -> str:
 def _arrays(batch: Batch) -> tuple[Tensor, ...]:
     return (
         batch.tokens, batch.positions, batch.slots, batch.starts, batch.lengths, batch.table, batch.wanted,
+        batch.adapted,
     )  # fmt: skip
 
 
 def _batch(arrays: Sequence[Tensor]) -> Batch:
-    tokens, positions, slots, starts, lengths, table, wanted = arrays
+    tokens, positions, slots, starts, lengths, table, wanted, adapted = arrays
     return Batch(
         tokens=tokens,
         positions=positions,
@@ -278,6 +279,7 @@ def _batch(arrays: Sequence[Tensor]) -> Batch:
         lengths=lengths,
         table=table.view(len(lengths), -1),
         wanted=wanted,
+        adapted=adapted.view(-1, 3),
     )
 
 

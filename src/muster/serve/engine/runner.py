@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +54,7 @@ def make_batch(works: Sequence[Work], block_tokens: int) -> Batch:
     starts = np.zeros(len(works) + 1, dtype=np.int64)
     rows.cumsum(out=starts[1:])
     lengths = firsts + rows
+    owners = [work.sequence.adapter for work in works]
     table = np.zeros((len(works), -(-int(lengths.max()) // block_tokens)), dtype=np.int64)  # (S, P)
     for row, work in zip(table, works, strict=True):
         blocks = np.frombuffer(work.sequence.blocks, dtype=np.int64)[: len(row)]
@@ -62,6 +65,7 @@ def make_batch(works: Sequence[Work], block_tokens: int) -> Batch:
     arrays = (np.array(tokens, dtype=np.int64), positions, slots, starts, lengths, table)
     made = [torch.from_numpy(one) for one in (*arrays, np.array(wanted, dtype=np.int64))]
     return Batch(
+        adapted=_adapted(owners, starts),
         tokens=made[0],
         positions=made[1],
         slots=made[2],
@@ -70,3 +74,14 @@ def make_batch(works: Sequence[Work], block_tokens: int) -> Batch:
         table=made[5],
         wanted=made[6],
     )
+
+
+def _adapted(adapters: Sequence[int], starts: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
+    """(A, 3) runs of works with the same adapter: its number and their rows."""
+    runs: list[tuple[int, int, int]] = []
+    end = 0
+    for adapter, group in groupby(adapters):
+        first, end = end, end + len(list(group))
+        if adapter:
+            runs.append((adapter, int(starts[first]), int(starts[end])))
+    return torch.tensor(runs, dtype=torch.int64).view(-1, 3)

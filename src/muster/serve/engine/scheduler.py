@@ -110,15 +110,15 @@ class Scheduler:
         if self._present[sequence.client] == 0:
             del self._present[sequence.client], self._served[sequence.client]
 
-    def restart(self, root: Key) -> None:
+    def restart(self, roots: Tokens[Key]) -> None:
         """Have every sequence computed anew, with nothing in the cache: what fills it has changed.
 
-        `root` is the key before their first block from now on. Those that ran go first.
+        `roots` are the keys before their first block from now on, by adapter. Those that ran go first.
         """
         for sequence in list(self.running):
             self._preempt(sequence)
         for sequence in self.waiting:
-            sequence.root, sequence.waits_for = root, None
+            sequence.root, sequence.waits_for = roots[sequence.adapter], None
             sequence.keys.clear()
         self.pool.clear_cache()
 
@@ -148,6 +148,7 @@ class Scheduler:
                 budget -= self._prefill(sequence, budget, works)
         if drafts and budget:
             self._add_drafts(works, decodes, drafts, budget)
+        works.sort(key=_adapter)
         return Plan(tuple(works), self.pool.chores(), tuple(admitted))
 
     def advance(self, work: Work, tokens: Tokens[int]) -> None:
@@ -301,6 +302,11 @@ class Scheduler:
     def _settle(self, key: Key, sequence: Sequence) -> None:
         if self._pending.get(key) is sequence:
             del self._pending[key]
+
+
+def _adapter(work: Work) -> int:
+    """Rows of one adapter are computed together."""
+    return work.sequence.adapter
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:

@@ -24,6 +24,8 @@ class Sequence:
     """Smaller goes first."""
     client: str = ""
     """Who asked: within a priority, clients are served alike."""
+    adapter: int = 0
+    """Which one computes it, counted from 1; 0 for the model alone."""
     computed: int = 0
     blocks: array[int] = field(default_factory=lambda: array("q"))
     """An array, as the step's tensors are made from it."""

@@ -30,6 +30,8 @@ class Asked:
 
     body: bytes
     """As the client sent it."""
+    model: str | None = None
+    """What it is to be answered by, if it says so."""
     generates: bool = False
     """Whether it is a valid request for text, and `body` an object."""
     streams: bool = False
@@ -70,6 +72,7 @@ def read(path: str, body: bytes) -> Asked:
     output = asked if isinstance(asked, int) and 0 < asked < 1 << 20 else DEFAULT_TOKENS[path]
     return Asked(
         body=body,
+        model=fields.get("model") if isinstance(fields.get("model"), str) else None,
         generates=True,
         streams=fields.get("stream") is True,
         prompt_cost=PROMPT_SHARE * length,

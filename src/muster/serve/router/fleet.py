@@ -35,6 +35,8 @@ class Replica:
     """Its last probe said so."""
     relays: bool | None = None
     """Whether it can go on with another's answers (`serve/relay.py`); None: not asked yet."""
+    models: frozenset[str] = frozenset()
+    """What it says that it serves; empty where it has not been asked, or does not say."""
     load: float = 0.0
     breaker: Breaker = field(default_factory=Breaker)
     meter: Meter = field(default_factory=Meter)
@@ -47,6 +49,7 @@ class Replica:
     def came(self, upstream: Upstream) -> None:
         """It listens, perhaps as another process than before."""
         self.upstream, self.relays, self.breaker = upstream, None, Breaker()
+        self.models = frozenset()
         self.poked.set()
 
 
@@ -130,6 +133,8 @@ class Fleet:
             for one in self.replicas
             if one.ready and one.breaker.allows(now_s) and (one.relays or not relaying)
         ]
+        # Where nobody serves the model, whoever is asked says so.
+        able = [one for one in able if not one.models or asked.model in one.models] or able
         able = [one for one in able if one.index not in avoided] or able
         if not able:
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import orjson
 
@@ -28,7 +29,7 @@ async def watch(fleet: Fleet, replica: Replica, on_dead: Callable[[], None] = la
             try:
                 known, ready = await _is_ready(upstream, known)
                 if ready and replica.relays is None:
-                    replica.relays = await _relays(upstream)
+                    replica.relays, replica.models = await _relays(upstream), await _models(upstream)
                 failures = 0
                 if ready != replica.ready and upstream is replica.upstream:
                     replica.ready = ready
@@ -56,12 +57,24 @@ async def _is_ready(upstream: Upstream, known: int) -> tuple[int, bool]:
 
 
 async def _relays(upstream: Upstream) -> bool:
-    status, content = await _get(upstream, "/health")
+    return (await _said(upstream, "/health")).get("relay") is True
+
+
+async def _models(upstream: Upstream) -> frozenset[str]:
+    """Names under which it answers: those of its model and its adapters."""
+    cards = (await _said(upstream, "/v1/models")).get("data")
+    names = [card.get("id") for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
+    return frozenset(name for name in names if isinstance(name, str))
+
+
+async def _said(upstream: Upstream, path: str) -> dict[str, Any]:
+    """A JSON object; empty for anything else."""
+    status, content = await _get(upstream, path)
     try:
         said = orjson.loads(content)
     except ValueError:
-        return False
-    return status == 200 and isinstance(said, dict) and said.get("relay") is True
+        return {}
+    return said if status == 200 and isinstance(said, dict) else {}
 
 
 async def _get(upstream: Upstream, path: str) -> tuple[int, bytes]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from muster.cli.chat import chat
@@ -50,7 +51,9 @@ def test_serve_answers_and_stops_cleanly_on_sigterm(folder: Path, environment: d
             ready = re.fullmatch(rf"serving small-run on (http://127\.0\.0\.1:(\d+))  {facts}\n", lines[2])
             assert ready, (lines, process.stderr.read())
             maps = Path(f"/proc/{process.pid}/maps")
-            assert not maps.exists() or "libtorch" not in maps.read_text(), "only the engine's process needs it"
+            assert not maps.exists() or "libtorch" not in maps.read_text(), (
+                "only the engine's process needs it"
+            )
             with openai.OpenAI(base_url=f"{ready[1]}/v1", api_key="none", max_retries=0) as client:
                 fields: dict[str, Any] = {
                     "model": "small-run",
@@ -142,3 +145,15 @@ def test_chat_with_no_server_says_so(environment: dict[str, str]) -> None:
     done = run(environment, "chat", f"http://127.0.0.1:{port}", stdin=b"hello\n")
     assert done.returncode == 1
     assert b"Connection refused): start one with muster serve" in done.stderr
+
+
+def test_told_to_stop_while_it_starts_it_leaves_nothing(folder: Path, environment: dict[str, str]) -> None:
+    with subprocess.Popen([*MUSTER, "serve", str(folder), "--port", "0"], env=environment) as process:
+        try:
+            while not (family := psutil.Process(process.pid).children()):
+                assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
+    assert not any(child.is_running() for child in family)

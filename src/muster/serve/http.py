@@ -48,6 +48,7 @@ def build_app(
 ) -> ASGIApp:
     """An ASGI app that serves one model. The caller owns `engine` and closes it."""
     front = front or Front()
+    front.check = engine.check
     app = FastAPI(title="muster", docs_url=None, redoc_url=None)
     failures.install(app)
     document.install(app)

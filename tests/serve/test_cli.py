@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from muster.cli.chat import chat
@@ -144,3 +145,15 @@ def test_chat_with_no_server_says_so(environment: dict[str, str]) -> None:
     done = run(environment, "chat", f"http://127.0.0.1:{port}", stdin=b"hello\n")
     assert done.returncode == 1
     assert b"Connection refused): start one with muster serve" in done.stderr
+
+
+def test_told_to_stop_while_it_starts_it_leaves_nothing(folder: Path, environment: dict[str, str]) -> None:
+    with subprocess.Popen([*MUSTER, "serve", str(folder), "--port", "0"], env=environment) as process:
+        try:
+            while not (family := psutil.Process(process.pid).children()):
+                assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
+    assert not any(child.is_running() for child in family)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -162,7 +165,10 @@ def serve(
         from muster.serve.engine.process import ProcessEngine, Worker
     except ModuleNotFoundError as error:
         raise _missing(error) from None
-    with Worker() as worker:  # what it imports takes longest, and goes on beside all that follows
+    with (
+        _stoppable(),
+        Worker() as worker,
+    ):  # what it imports takes longest, and goes on beside all that follows
         try:
             from muster.serve.gate import Front
             from muster.serve.http import build_app
@@ -237,6 +243,23 @@ def serve(
                 engine.close()
             if isinstance(engine, ProcessEngine) and engine.failure is not None:
                 raise MusterError(f"{engine.failure}: the server's log has what it said")
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Until the server listens to SIGTERM: have it end what has been started, and this."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _missing(error: ModuleNotFoundError) -> Exception:

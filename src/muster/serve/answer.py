@@ -1,7 +1,8 @@
 """From a job to an HTTP response, whole or streamed as server-sent events.
 
 Either way the engine stops working for a client that has gone: Starlette cancels only some streaming
-responses by itself, so both kinds race their work against the connection's end here.
+responses by itself, so both kinds race their work against the connection's end here. A stream's pieces go straight to
+its connection.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
+import orjson
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -24,6 +25,7 @@ from muster.serve.failures import describe
 from muster.serve.generation import Generation, Piece
 from muster.serve.intake import Job
 from muster.serve.metrics import Metrics
+from muster.serve.outlet import Outlet
 from muster.serve.protocol import Engine
 from muster.serve.relay import LOST, Progress, mark
 from muster.serve.responses import Json, Outcome, usage
@@ -47,7 +49,11 @@ class Answer:
             "model": model_id,
         }
         self._before = [relay.of(index) if relay else None for index in range(len(job.requests))]
+        self._kind = "chat.completion.chunk" if job.object == "chat.completion" else job.object
+        self._prefix = event({**self._head, "object": self._kind, "choices": []}).rstrip()[:-2]
         self._outcomes = [Outcome() for _ in job.requests]
+        self._characters = [0 for _ in job.requests]
+        """Of text, that each choice has delivered."""
         self._generations: list[Generation] = []
         self._indices: list[int] = []
         """The choice of each generation."""
@@ -58,7 +64,7 @@ class Answer:
                     continue
                 delivered = before.characters if before else 0
                 generation = Generation(engine, decode, request, job.stop, delivered)
-                self._outcomes[index].text = generation.delivered
+                self._characters[index] = len(generation.delivered)
                 if before is not None:  # shapes may read the text as it comes
                     self._job.shape.delta(index, Outcome(text=generation.delivered), 0)
                 self._generations.append(generation)
@@ -84,44 +90,104 @@ class Answer:
 
     async def whole(self, receive: Receive, timeout_s: float) -> Response:
         """Wait for all choices; raises TimeoutError, EngineError, or ClientDisconnect."""
+        texts: list[list[str]] = [[] for _ in self._outcomes]
+
+        def gather(index: int, generation: Generation) -> None:
+            for piece in generation.take():
+                self._count(index, piece)
+                texts[index].append(piece.text)
+                self._outcomes[index].tokens.extend(piece.tokens)
+
         try:
-            await while_connected(receive, self._collect(timeout_s))
+            await self._ended(gather, receive, timeout_s)
         finally:
             self.settle()
+        for outcome, parts in zip(self._outcomes, texts, strict=True):
+            outcome.text = "".join(parts)
         choices = [self._job.shape.choice(index, outcome) for index, outcome in enumerate(self._outcomes)]
         return JSONResponse(
             {**self._head, "object": self._job.object, "choices": choices, "usage": self._usage()}
         )
 
-    async def _collect(self, timeout_s: float) -> None:
-        async with asyncio.timeout(timeout_s):
-            async with aclosing(merge(self._generations)) as pieces:
-                async for number, piece in pieces:
-                    self._extend(self._indices[number], piece)
+    async def stream(self, outlet: Outlet, receive: Receive, timeout_s: float) -> None:
+        """Write the answer as server-sent events as it comes, usage and [DONE] included; a failure becomes an error
+        event. Raises ClientDisconnect."""
 
-    async def events(self) -> AsyncGenerator[bytes]:
-        """The answer as server-sent events, usage and [DONE] included; a failure becomes an error event."""
+        def write(index: int, generation: Generation) -> None:
+            if outlet.paused:
+                return  # the client is behind: what comes meanwhile goes out at once when there is room
+            if events := [self._event(index, piece) for piece in generation.take()]:
+                outlet.write(b"".join(events))
+
         for index in self._indices:
             opening = self._job.shape.opening(index) if self._before[index] is None else None
             if opening is not None:
-                yield self._mark(index) + self._chunk([opening])
+                outlet.write(self._mark(index) + self._chunk(opening))
         try:
-            async with aclosing(merge(self._generations)) as pieces:
-                async for number, piece in pieces:
-                    index = self._indices[number]
-                    offset = len(self._outcomes[index].text)
-                    part = self._extend(index, piece)
-                    chunk = self._chunk([self._job.shape.delta(index, part, offset)])
-                    yield self._mark(index, part) + chunk
+            await self._ended(write, receive, timeout_s, outlet)
+        except ClientDisconnect:
+            raise
+        except TimeoutError as error:
+            outlet.write(event(describe(error)))
+            return
         except Exception as error:
             _LOG.error("a stream failed", exc_info=error)
-            yield (LOST + b"\n" if self._job.relay else b"") + event(describe(error))
+            outlet.write((LOST + b"\n" if self._job.relay else b"") + event(describe(error)))
             return
         if self._job.include_usage:
-            yield self._chunk([], usage=self._usage())
-        yield b"data: [DONE]\n\n"
+            outlet.write(event({**self._head, "object": self._kind, "choices": [], "usage": self._usage()}))
+        outlet.write(b"data: [DONE]\n\n")
 
-    def _extend(self, index: int, piece: Piece) -> Outcome:
+    async def _ended(
+        self,
+        advance: Callable[[int, Generation], None],
+        receive: Receive,
+        timeout_s: float,
+        outlet: Outlet | None = None,
+    ) -> None:
+        """Have each generation advanced whenever there is something of it, or room in the outlet, until all have ended.
+
+        That happens in the one wake-up of the loop that a step costs: a task for each stream would double its price.
+        """
+        ended = asyncio.get_running_loop().create_future()
+
+        def told(index: int, generation: Generation) -> None:
+            if ended.done():
+                return
+            try:
+                advance(index, generation)
+            except Exception as error:
+                ended.set_exception(error)
+            else:
+                if generation.finished and all(one.finished for one in self._generations):
+                    ended.set_result(None)
+
+        def all_told() -> None:
+            for index, generation in zip(self._indices, self._generations, strict=True):
+                told(index, generation)
+
+        if not self._generations:
+            return
+        for index, generation in zip(self._indices, self._generations, strict=True):
+            generation.listen(partial(told, index, generation))
+        if outlet is not None:
+            outlet.on_room = all_told
+        all_told()  # what has come before
+        try:
+            async with asyncio.timeout(timeout_s):
+                await while_connected(receive, ended)
+        finally:
+            if outlet is not None:
+                outlet.on_room = _nothing
+
+    def _event(self, index: int, piece: Piece) -> bytes:
+        offset = self._characters[index]
+        self._count(index, piece)
+        part = Outcome(text=piece.text, tokens=piece.tokens, finish_reason=piece.finish_reason)
+        chunk = self._chunk(self._job.shape.delta(index, part, offset))
+        return chunk if self._job.relay is None else self._mark(index, part) + chunk
+
+    def _count(self, index: int, piece: Piece) -> None:
         now_s, before_s = time.perf_counter(), self._came_s[index]
         self._came_s[index] = now_s
         if before_s is not None:
@@ -131,11 +197,8 @@ class Answer:
             if self._visit.first_s is None:
                 self._visit.first_s = now_s
         outcome = self._outcomes[index]
-        outcome.text += piece.text
-        outcome.tokens.extend(piece.tokens)
-        outcome.generated_tokens = piece.generated_tokens
-        outcome.finish_reason = piece.finish_reason
-        return Outcome(text=piece.text, tokens=list(piece.tokens), finish_reason=piece.finish_reason)
+        self._characters[index] += len(piece.text)
+        outcome.generated_tokens, outcome.finish_reason = piece.generated_tokens, piece.finish_reason
 
     def _mark(self, index: int, part: Outcome | None = None) -> bytes:
         """In front of an event, for a router that would have another replica go on from there."""
@@ -146,19 +209,22 @@ class Answer:
             Progress.model_construct(
                 index=index,
                 ids=[token.id for token in part.tokens] if part else [],
-                characters=len(so_far.text),
+                characters=self._characters[index],
                 generated=so_far.generated_tokens,
                 finished=so_far.finish_reason is not None,
             )
         )
 
-    def _chunk(self, choices: Sequence[Json], **more: Any) -> bytes:
-        kind = self._job.object
-        kind = f"{kind}.chunk" if kind == "chat.completion" else kind
-        return event({**self._head, "object": kind, "choices": choices, **more})
+    def _chunk(self, choice: Json) -> bytes:
+        """The event of one choice; all but that is the same in all of them."""
+        return self._prefix + orjson.dumps(choice) + b"]}\n\n"
 
     def _usage(self) -> Json:
         return usage(self._job.prompt_tokens, sum(outcome.generated_tokens for outcome in self._outcomes))
+
+
+def _nothing() -> None:
+    pass
 
 
 class StreamedAnswer(Response):
@@ -174,51 +240,10 @@ class StreamedAnswer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self._send(send))
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await self._answer.stream(Outlet.of(scope), receive, self._timeout_s)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         except ClientDisconnect:
             pass
         finally:
             self._answer.settle()
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                async with aclosing(self._answer.events()) as events:
-                    async for data in events:
-                        await send({"type": "http.response.body", "body": data, "more_body": True})
-        except TimeoutError as error:
-            await send({"type": "http.response.body", "body": event(describe(error)), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Piece]]:
-    """Pieces of all generations as they come, each with its index."""
-    if len(generations) == 1:
-        async with aclosing(generations[0].pieces()) as pieces:
-            async for piece in pieces:
-                yield 0, piece
-        return
-    arrived: asyncio.Queue[tuple[int, Piece] | Exception] = asyncio.Queue()
-
-    async def pump(index: int, generation: Generation) -> None:
-        try:
-            async with aclosing(generation.pieces()) as pieces:
-                async for piece in pieces:
-                    arrived.put_nowait((index, piece))
-        except Exception as error:
-            arrived.put_nowait(error)
-
-    pumps = [asyncio.create_task(pump(index, generation)) for index, generation in enumerate(generations)]
-    unfinished = len(pumps)
-    try:
-        while unfinished:
-            item = await arrived.get()
-            if isinstance(item, Exception):
-                raise item
-            unfinished -= item[1].finish_reason is not None
-            yield item
-    finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from muster.errors import UsageError
 from muster.serve.guide import Guides
 from muster.serve.template import PLAIN, ChatTemplate, Message, Tools, read_json, template_of
 
+_REMEMBERED = 1 << 14
 _SHIELD = "\ufdd0"
 """A noncharacter (never used in text) that keeps what users write from reading as a special token."""
 
@@ -31,9 +33,12 @@ class TextCodec:
     template: ChatTemplate = PLAIN
     guides: Guides = field(init=False)
     """What makes structured output of this tokenizer's tokens."""
+    decode_one: Callable[[int], str] = field(init=False, repr=False)
+    """The text of a single token, of which the latest are remembered: each of a stream's is asked for twice."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "guides", Guides(self.guided))
+        object.__setattr__(self, "decode_one", lru_cache(_REMEMBERED)(lambda id: self.tokenizer.decode([id])))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a prompt; an empty one is the beginning of a document."""
@@ -55,7 +60,7 @@ class TextCodec:
         return whole or (self.tokenizer.bos_id,)  # a template may write nothing
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids)
+        return self.decode_one(ids[0]) if len(ids) == 1 else self.tokenizer.decode(ids)
 
     def guided(self) -> tuple[str, int, frozenset[int]]:
         """What `Guides` read."""

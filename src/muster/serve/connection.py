@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 import orjson
@@ -18,9 +18,9 @@ def event(content: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(content) + b"\n\n"
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Run `work`, cancelled as soon as the client disconnects (raises ClientDisconnect)."""
-    working = asyncio.create_task(work)
+async def while_connected(receive: Receive, work: Awaitable[_Result]) -> _Result:
+    """Wait for `work`, cancelled as soon as the client disconnects (raises ClientDisconnect)."""
+    working = asyncio.ensure_future(work)
     leaving = asyncio.create_task(_disconnected(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)

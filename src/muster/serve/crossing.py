@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from muster.serve.protocol import EngineError, Overloaded, Request, Stats, Token
 
 Item = Token | EngineError
+
+_LOG = logging.getLogger(__name__)
 
 WAITING_LIMIT = 256
 WAITING_TOKENS = 200_000
@@ -36,25 +40,56 @@ class Outcome:
 
 
 class Stream:
-    """One request's tokens on the event loop's side. None in the queue is the end."""
+    """One request's tokens on the event loop's side."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.loop = asyncio.get_running_loop()
-        self.arrived: asyncio.Queue[Item | None] = asyncio.Queue()
-        self.dropped = False
+        self.told: Callable[[], None] = self._wake
+        self.ended = False
+        self._tokens: deque[Token] = deque()
+        self._error: EngineError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, items: Iterable[Item]) -> None:
+        """What has arrived; nothing does after the end."""
+        if self.ended:
+            return
+        for item in items:
+            if isinstance(item, EngineError):
+                self._error, self.ended = item, True
+            else:
+                self._tokens.append(item)
+                self.ended = item.finish_reason is not None
+        self.told()
+
+    def end(self) -> None:
+        self.ended = True
+        self._wake()
+
+    def take(self) -> Sequence[Token]:
+        if self._error is not None:
+            raise self._error
+        tokens = list(self._tokens)
+        self._tokens.clear()
+        return tokens
 
     def __aiter__(self) -> AsyncIterator[Token]:
         return self
 
     async def __anext__(self) -> Token:
-        item = await self.arrived.get()
-        if isinstance(item, Token):
-            return item
-        self.arrived.put_nowait(None)  # whoever asks again gets the end again
-        if item is None:
-            raise StopAsyncIteration
-        raise item
+        while not self._tokens:
+            if self._error is not None:
+                raise self._error
+            if self.ended:
+                raise StopAsyncIteration
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        return self._tokens.popleft()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class Pace:
@@ -135,13 +170,12 @@ class Streams:
             stream = self._live.pop(request_id, None)
             self._admit(request_id)
         if stream is not None:
-            stream.dropped = True
-            stream.arrived.put_nowait(None)
+            stream.end()
         return stream is not None
 
     def deliver(self, items: Sequence[tuple[str, Item]], admitted: Sequence[str] = ()) -> None:
         """Hand a step's results over, with one wake-up of an event loop for all of them."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Item]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, dict[Stream, list[Item]]] = {}
         with self._changed:
             for request_id in admitted:
                 self._admit(request_id)
@@ -149,7 +183,7 @@ class Streams:
                 stream = self._live.get(request_id)
                 if stream is None:  # dropped meanwhile
                     continue
-                by_loop.setdefault(stream.loop, []).append((stream, item))
+                by_loop.setdefault(stream.loop, {}).setdefault(stream, []).append(item)
                 if isinstance(item, EngineError) or item.finish_reason is not None:
                     del self._live[request_id]
                     self._admit(request_id)
@@ -180,13 +214,12 @@ class Streams:
             self._pace.admitted(others=bool(self._waiting))
 
 
-def _hand_out(ready: Sequence[tuple[Stream, Item]]) -> None:
-    for stream, item in ready:
-        if stream.dropped:  # while this was on its way
-            continue
-        stream.arrived.put_nowait(item)
-        if isinstance(item, EngineError) or item.finish_reason is not None:
-            stream.arrived.put_nowait(None)
+def _hand_out(ready: Mapping[Stream, Sequence[Item]]) -> None:
+    for stream, items in ready.items():
+        try:
+            stream.put(items)
+        except Exception as error:  # a fault of one who was told is not the others'
+            _LOG.error("an answer failed", exc_info=error)
 
 
 Command = Request | str | Callable[[], None]

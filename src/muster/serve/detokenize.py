@@ -66,6 +66,8 @@ class StopStrings:
 
     def push(self, piece: str) -> str:
         """Add text; returns what can be shown. Sets `found` at a stop string, of which nothing is shown."""
+        if not self._stops:
+            return piece
         text = self._held + piece
         # The one that ends first, so that the outcome does not depend on how the text is cut into pieces.
         found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,11 +18,14 @@ from muster.serve import playground
 from muster.serve.failures import RequestError, respond
 from muster.serve.keys import Keys
 from muster.serve.metrics import Metrics
+from muster.serve.protocol import Overloaded
 from muster.serve.rates import Rates
 from muster.serve.visit import AccessLog, Visit
 
 OPEN = ("/health", "/health/ready", playground.PATH)
 """May be read without a key, and never refused."""
+QUEUED = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
+"""What waits for the engine."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -36,6 +40,9 @@ class Front:
     log: AccessLog | None = None
     phase: Literal["starting", "ready", "draining"] = "starting"
     """Whether others should send requests here; draining: new ones are refused."""
+    check: Callable[[], None] = lambda: None
+    """Raises Overloaded where whatever is asked for in `QUEUED` would be refused: under a crowd most requests end here,
+    and so it has to be cheap."""
 
 
 class Gate:
@@ -82,8 +89,10 @@ class Gate:
         if front.phase == "draining":
             return respond(RequestError(503, "the server is stopping; ask another", retry_after_s=1))
         try:
+            if scope["path"] in QUEUED:
+                front.check()
             front.rates.ask(client.name)
-        except RequestError as error:
+        except (RequestError, Overloaded) as error:
             return respond(error)
         return None
 

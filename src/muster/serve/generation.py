@@ -5,19 +5,20 @@ Everything that shows generated text (HTTP, `muster chat`) reads it from here.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from muster.serve.detokenize import Decode, Detokenizer, StopStrings
 from muster.serve.protocol import Engine, FinishReason, Request, Token
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Piece:
     """Text that has become certain, with the tokens whose text begins in it."""
 
     text: str
-    tokens: tuple[Token, ...] = ()
+    tokens: list[Token] = field(default_factory=list)
     generated_tokens: int
     """Tokens generated for this request so far, end of sequence included."""
     finish_reason: FinishReason | None = None
@@ -46,6 +47,13 @@ class Generation:
         self.delivered = known[: max(delivered_characters, certain)]
         """Text that pieces go on from."""
         self._known = len(known)
+        """Characters of detokenised text,"""
+        self._shown = len(self.delivered)
+        """and those of them that have been passed on."""
+        self._held: deque[tuple[int, Token]] = deque()
+        """Tokens not passed on, by the position where their text begins."""
+        self._generated = len(request.generated)
+        self.finished = False
         self._repeated = (
             len(self.delivered) - certain
         )  # delivered, as what followed showed that no stop begins
@@ -54,34 +62,50 @@ class Generation:
         """Cancel whatever is still being generated."""
         self._engine.cancel(self.request.id)
 
+    def listen(self, told: Callable[[], None]) -> None:
+        """Have `told` called on the event loop whenever there is something to `take`."""
+        self._tokens.told = told
+
+    def take(self) -> Iterator[Piece]:
+        """Text that has become certain since; the last piece has a finish reason. Raises EngineError."""
+        for token in self._tokens.take():
+            if not self.finished and (piece := self._push(token)) is not None:
+                yield piece
+        self.finished |= self._tokens.ended
+
     async def pieces(self) -> AsyncGenerator[Piece]:
         """Text as it becomes certain; the last piece has a finish reason. Raises EngineError."""
-        known = self._known  # characters of detokenised text
-        shown = len(self.delivered)  # characters of it that have been passed on
-        held: list[tuple[int, Token]] = []  # tokens not passed on, by the position where their text begins
-        generated = len(self.request.generated)
         async for token in self._tokens:
-            generated += 1
-            ended = token.finish_reason
-            piece = ""
-            if token.id not in self.request.params.stop_ids:  # the end-of-sequence token is no text
-                held.append((known, token))
-                piece = self._text.push(token.id)
-            if ended is not None:
-                piece += self._text.flush()
-            known += len(piece)
-            text = self._stop.push(piece)
-            if ended is not None and not self._stop.found:
-                text += self._stop.flush()
-            text, self._repeated = text[self._repeated :], max(0, self._repeated - len(text))
-            if self._stop.found:
-                ended = "stop"
-                self.close()
-                held = [(start, token) for start, token in held if start < shown + len(text)]
-            shown += len(text)
-            ready = tuple(token for start, token in held if start < shown or ended is not None)
-            if text or ended is not None:
-                held = [(start, token) for start, token in held if start >= shown]
-                yield Piece(text=text, tokens=ready, generated_tokens=generated, finish_reason=ended)
-            if ended is not None:
+            if (piece := self._push(token)) is not None:
+                yield piece
+            if self.finished:
                 return
+
+    def _push(self, token: Token) -> Piece | None:
+        self._generated += 1
+        ended = token.finish_reason
+        text = ""
+        if token.id not in self.request.params.stop_ids:  # the end-of-sequence token is no text
+            self._held.append((self._known, token))
+            text = self._text.push(token.id)
+        if ended is not None:
+            text += self._text.flush()
+        self._known += len(text)
+        text = self._stop.push(text)
+        if ended is not None and not self._stop.found:
+            text += self._stop.flush()
+        if self._repeated:
+            text, self._repeated = text[self._repeated :], max(0, self._repeated - len(text))
+        if self._stop.found:
+            ended = "stop"
+            self.close()
+            shown = self._shown + len(text)
+            self._held = deque((start, token) for start, token in self._held if start < shown)
+        self._shown += len(text)
+        self.finished = ended is not None
+        if not text and ended is None:
+            return None
+        ready = []
+        while self._held and (ended is not None or self._held[0][0] < self._shown):
+            ready.append(self._held.popleft()[1])
+        return Piece(text=text, tokens=ready, generated_tokens=self._generated, finish_reason=ended)

@@ -55,6 +55,7 @@ def build_app(
     """An ASGI app that serves one model, and under their own names its adapters. The caller owns `engine` and closes
     it."""
     front = front or Front()
+    front.check = engine.check
     app = FastAPI(title="muster", docs_url=None, redoc_url=None)
     failures.install(app)
     document.install(app)

@@ -6,7 +6,7 @@ engine in another process or on another machine fits behind it as well as one on
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -99,7 +99,7 @@ class Request:
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)  # and not frozen, which would triple the cost of making one
 class Token:
     """One generated token. Log-probabilities are those of the model, before temperature and filters."""
 
@@ -156,14 +156,31 @@ class Stats:
     """Training steps behind the weights; 0 where unknown."""
 
 
+class Tokens(Protocol):
+    """A request's tokens as they come, for who waits for each of them, or is told of them.
+
+    Raises EngineError when generation fails, and ends early after `cancel`.
+    """
+
+    told: Callable[[], None]
+    """Called on the event loop when there is something to take."""
+    ended: bool
+    """Nothing more will come."""
+
+    def take(self) -> Sequence[Token]:
+        """What has come since it was last asked for."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[Token]: ...
+
+    async def __anext__(self) -> Token: ...
+
+
 class Engine(Protocol):
     """Generates tokens for many requests at once. Called from one asyncio event loop."""
 
-    def submit(self, request: Request) -> AsyncIterator[Token]:
-        """Queue `request` now and return its tokens as they come; raises Overloaded without queueing it.
-
-        The iterator raises EngineError when generation fails, and ends early after `cancel`.
-        """
+    def submit(self, request: Request) -> Tokens:
+        """Queue `request` now and return its tokens as they come; raises Overloaded without queueing it."""
         ...
 
     def check(self) -> None:

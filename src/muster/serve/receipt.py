@@ -20,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from muster.serve.failures import error_body
 from muster.serve.limits import Limits
+from muster.serve.outlet import Outlet
 
 Phase = Literal["header", "body"]
 
@@ -67,6 +68,8 @@ class _GuardedProtocol(H11Protocol):
         """What is being received, with the request before it: the next one gets a deadline of its own."""
         self._receipt_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._outlet: Outlet | None = None
+        """Of the latest request."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(_Gathered(transport, self.loop))  # type: ignore[arg-type]
@@ -82,7 +85,12 @@ class _GuardedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
+        before = self.cycle
         super().handle_events()
+        if self.cycle is not before:  # what answers it has not begun
+            chunked = self.scope["http_version"] == "1.1"
+            self._outlet = Outlet(self.transport, lambda: self.flow.write_paused, chunked=chunked)
+            self._outlet.enter(self.scope)  # type: ignore[arg-type]
         self._watch_receipt()
         if self._is_served():
             self.expendable.pop(self, None)
@@ -118,6 +126,8 @@ class _GuardedProtocol(H11Protocol):
     def resume_writing(self) -> None:
         self._stop(self._write_timer)
         super().resume_writing()
+        if self._outlet is not None:
+            self._outlet.on_room()
 
     def send_400_response(self, msg: str) -> None:
         # uvicorn calls this while it handles h11's error, which knows the better status (431, 414, ...).

@@ -12,7 +12,6 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -281,20 +280,31 @@ class Core:
 
     def _settle(self, works: Sequence[Work], logits: Tensor) -> None:
         """Draw, count, and hand out, from logits (W, V)."""
-        drawing = [(work, self._of(work)) for work in works if work.draws]
+        drawing: list[tuple[Work, _Live]] = []
         for work in works:
-            self._prompt_tokens += max(0, min(work.stop, work.sequence.prompt_tokens) - work.start)
-            if not work.draws:
+            if work.start < work.sequence.prompt_tokens:
+                self._prompt_tokens += min(work.stop, work.sequence.prompt_tokens) - work.start
+            if work.draws:
+                drawing.append((work, self._live[work.sequence.id]))
+            else:
                 self._scheduler.advance(work, ())
         if not drawing:
             return
-        owners = [live for work, live in drawing for _ in range(1 + len(work.draft))]  # of each row
+        owners, positions = [], []  # of each row
+        for work, live in drawing:
+            generated = live.generated
+            owners.append(live)
+            positions.append(generated)
+            for ahead in range(len(work.draft)):
+                owners.append(live)
+                positions.append(generated + 1 + ahead)
         raw = self._raw(owners, logits)
         lost = self._adjust(owners, logits)
-        positions = [live.generated + index for work, live in drawing for index in range(1 + len(work.draft))]
         ids, sound = sample(
             logits, [live.request.params for live in owners], [live.seed for live in owners], positions
         )
+        all_sound = all(sound)
+        sound.append(False)  # where looking for one ends
         logprobs = self._logprobs(owners, raw, ids)
         row = 0
         for work, live in drawing:
@@ -302,7 +312,7 @@ class Core:
             if live in lost:
                 self._end(live, lost[live])
                 continue
-            rows = list(takewhile(sound.__getitem__, range(first, row)))
+            rows = range(first, row if all_sound else min(row, sound.index(False, first)))
             if not rows and work.draft:  # a wrong guess may be what is not finite: the next step goes without
                 live.guessed = False
                 continue
@@ -310,7 +320,7 @@ class Core:
                 self._end(live, EngineError(_NOT_FINITE), damaged=True)
                 continue
             live.sequence.sound = True
-            tokens = list(self._accepted(live, work, rows, ids, logprobs))
+            tokens = self._accepted(live, work, rows, ids, logprobs)
             self._generated += len(tokens)
             self._drafted += len(work.draft)
             self._accepted_tokens += len(tokens) - 1
@@ -324,11 +334,12 @@ class Core:
 
     def _accepted(
         self, live: _Live, work: Work, rows: Sequence[int], ids: Sequence[int], logprobs: dict[int, Logprob]
-    ) -> Iterator[Token]:
+    ) -> list[Token]:
         """A work's new tokens: as long as what was drawn is what had been guessed, the next row counts too."""
         params = live.request.params
         left = params.max_tokens - live.generated
-        for row, guess in zip(rows, (*work.draft, None), strict=False):
+        tokens: list[Token] = []
+        for row in rows:
             id, left = ids[row], left - 1
             reason: FinishReason | None = "length" if left == 0 else None
             if live.matcher is not None:
@@ -336,9 +347,10 @@ class Core:
             if id in params.stop_ids or (live.matcher is not None and live.matcher.ended):
                 reason = "stop"
             logprob, top = logprobs.get(row, (None, ()))
-            yield Token(id=id, logprob=logprob, top_logprobs=top, finish_reason=reason)
-            if reason is not None or id != guess:
-                return
+            tokens.append(Token(id=id, logprob=logprob, top_logprobs=top, finish_reason=reason))
+            if reason is not None or len(tokens) > len(work.draft) or id != work.draft[len(tokens) - 1]:
+                break
+        return tokens
 
     def _raw(self, owners: Sequence[_Live], logits: Tensor) -> tuple[list[int], Tensor]:
         """Rows whose log-probabilities are asked for, as they are before anything changes them."""

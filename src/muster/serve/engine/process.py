@@ -16,13 +16,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from muster.errors import DoesNotFit, MusterError, UsageError
 from muster.serve.crossing import WAITING_LIMIT, WAITING_S, WAITING_TOKENS, Streams
 from muster.serve.engine.wire import Wire, from_request, to_outcome
-from muster.serve.protocol import Request, Stats, Token
+from muster.serve.protocol import Request, Stats, Tokens
 
 _LOG = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class ProcessEngine:
     def pid(self) -> int:
         return self._process.pid
 
-    def submit(self, request: Request) -> AsyncIterator[Token]:
+    def submit(self, request: Request) -> Tokens:
         stream = self._streams.open(request)
         self._send({"add": from_request(request)})
         return stream

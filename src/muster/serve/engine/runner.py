@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -55,10 +56,12 @@ def make_batch(works: Sequence[Work], block_tokens: int) -> Batch:
     rows.cumsum(out=starts[1:])
     lengths = firsts + rows
     owners = [work.sequence.adapter for work in works]
-    table = np.zeros((len(works), -(-int(lengths.max()) // block_tokens)), dtype=np.int64)  # (S, P)
-    for row, work in zip(table, works, strict=True):
-        blocks = np.frombuffer(work.sequence.blocks, dtype=np.int64)[: len(row)]
-        row[: len(blocks)] = blocks
+    pages = -(-int(lengths.max()) // block_tokens)
+    blocks, padding = array("q"), array("q", bytes(8 * pages))
+    for work in works:
+        blocks += work.sequence.blocks[:pages]
+        blocks += padding[: max(0, pages - len(work.sequence.blocks))]
+    table = np.frombuffer(blocks, dtype=np.int64).reshape(len(works), pages)  # (S, P)
     owner = np.repeat(np.arange(len(works)), rows)  # (N,) whose each token is
     positions = np.arange(len(tokens)) - (starts[:-1] - firsts)[owner]
     slots = table[owner, positions // block_tokens] * block_tokens + positions % block_tokens

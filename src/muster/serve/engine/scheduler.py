@@ -12,6 +12,7 @@ mostly from the prefix cache. The first in rank never does, so every step brings
 from __future__ import annotations
 
 from array import array
+from bisect import insort
 from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class Scheduler:
         self.counts = Counts()
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        """In the order of their ranks."""
         self._streams, self._step_tokens = streams, step_tokens
         self._pending: dict[Key, Sequence] = {}  # blocks being computed now, and by whom
         self._served: dict[str, int] = {}  # tokens by client, of those that have a sequence here
@@ -124,14 +126,16 @@ class Scheduler:
 
     def plan(self, drafts: Mapping[str, Tokens[int]] | None = None) -> Plan:
         """Decide a step. `drafts`: guesses at the next tokens of running sequences, by id."""
-        budget = self._step_tokens
+        budget, size = self._step_tokens, self.pool.block_tokens
         works: list[Work] = []
-        self.running.sort(key=_rank)
-        for sequence in [one for one in self.running if one.missing == 1]:
-            if self._make_room(sequence):
-                works.append(Work(sequence, sequence.computed, len(sequence.tokens)))
-                budget -= 1
+        for sequence in list(self.running):
+            length = len(sequence.tokens)
+            if length - sequence.computed == 1 and (
+                length <= len(sequence.blocks) * size or self._make_room(sequence)
+            ):
+                works.append(Work(sequence, length - 1, length))
         decodes = len(works)
+        budget -= decodes
         for sequence in self.running:
             if budget and sequence.missing > 1:
                 budget -= self._prefill(sequence, budget, works)
@@ -160,7 +164,11 @@ class Scheduler:
             sequence.computed = len(sequence.tokens) - 1  # what was drafted and refused lies beyond
         else:
             sequence.computed = work.stop
-        self._publish(sequence, work.start)
+        if (
+            work.start < sequence.prompt_tokens
+            or sequence.computed // self.pool.block_tokens > sequence.published
+        ):
+            self._publish(sequence, work.start)
 
     def _prefill(self, sequence: Sequence, budget: int, works: list[Work]) -> int:
         """Compute as much of a sequence as the budget allows; returns how much."""
@@ -265,7 +273,7 @@ class Scheduler:
         sequence.computed, sequence.published = computed, len(known)
         sequence.running, sequence.sound = True, False
         self.waiting.remove(sequence)
-        self.running.append(sequence)
+        insort(self.running, sequence, key=_rank)
         self.counts.prefix_query_tokens += length
         self.counts.prefix_hit_tokens += computed
         self._announce(sequence)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import torch
 
 from muster.serve.crossing import WAITING_LIMIT, WAITING_S, WAITING_TOKENS, Inbox, Outcome, Streams
 from muster.serve.engine.core import Core
-from muster.serve.protocol import Request, Stats, Token
+from muster.serve.protocol import Request, Stats, Tokens
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class ThreadEngine:
         self._thread = threading.Thread(target=self._run, name="muster-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> AsyncIterator[Token]:
+    def submit(self, request: Request) -> Tokens:
         stream = self._streams.open(request)
         self._inbox.put(request)
         return stream

@@ -77,24 +77,27 @@ def to_request(plain: dict[str, Any]) -> Request:
 
 
 def from_outcome(outcome: Outcome) -> dict[str, Any]:
-    items = [
-        [id, str(item)]
-        if isinstance(item, EngineError)
-        else [id, item.id, item.logprob, item.top_logprobs, item.finish_reason, item.embedding]
-        for id, item in outcome.items
-    ]
+    items = [(id, *_from_item(item)) for id, item in outcome.items]
     return {"items": items, "admitted": outcome.admitted, "stats": outcome.stats}
 
 
 def to_outcome(plain: dict[str, Any]) -> Outcome:
-    items = [(item[0], _to_item(item[1:])) for item in plain["items"]]
+    items = [(item[0], _to_item(*item[1:])) for item in plain["items"]]
     return Outcome(items=items, admitted=plain["admitted"], stats=Stats(**plain["stats"]))
 
 
-def _to_item(values: list[Any]) -> Item:
-    if len(values) == 1:
-        return EngineError(values[0])
-    id, logprob, top, reason, embedding = values
+def _from_item(item: Item) -> tuple[Any, ...]:
+    if isinstance(item, EngineError):
+        return (str(item),)
+    if item.finish_reason is None and item.logprob is None and not item.embedding:
+        return (item.id,)  # nearly all are so
+    return item.id, item.logprob, item.top_logprobs, item.finish_reason, item.embedding
+
+
+def _to_item(id: Any, *more: Any) -> Item:
+    if not more:
+        return Token(id=id) if isinstance(id, int) else EngineError(id)
+    logprob, top, reason, embedding = more
     return Token(
         id=id,
         logprob=logprob,

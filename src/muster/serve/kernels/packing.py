@@ -4,12 +4,14 @@ fp32, bf16   as they are
 int8         whole numbers with a scale for each output feature: weight = number * scale
 int4         -8..7 with a bf16 scale for each `GROUP` inputs of an output feature
 
-Activations of int8 and int4 layers are rounded to 8 bits with a scale for each token when they are used.
+Activations of int8 and int4 layers are rounded to 8 bits with a scale for each token when they are used. What rounding
+costs depends on the numbers that stand out, so both sides are `mixed` first, which leaves their product as it is.
 N output features, K inputs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,11 +23,13 @@ from torch import Tensor
 Format = Literal["fp32", "bf16", "int8", "int4"]
 FORMATS: tuple[Format, ...] = ("fp32", "bf16", "int8", "int4")
 
-LAYOUT = "panels-of-32-v1"
+LAYOUT = "mixed-panels-of-32"
 """The kernels' layout: [panel of 32 features][inputs][32 features], a 32-bit unit of inputs (1 fp32, 2 bf16, 4 int8,
 8 int4) at a time. Written into files of packed weights."""
 GROUP = 32
 _PANEL = 32
+_MIXED = 64
+"""Neighbouring inputs that are mixed with each other."""
 IN_UNIT = {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}
 """Inputs in a 32-bit unit of the layout."""
 _MULTIPLE = {"fp32": 1, "bf16": 2, "int8": 64, "int4": 64}
@@ -41,7 +45,8 @@ class Weights:
     inputs: int
     packed: bool
     weight: Tensor
-    """Plain: (N, K) floats, or whole numbers as int8. Packed: bytes of `LAYOUT`, with features and inputs filled up."""
+    """Plain: (N, K) floats, or whole numbers as int8 of mixed inputs (K filled up to 64s). Packed: bytes of `LAYOUT`,
+    with features and inputs filled up."""
     scale: Tensor | None = None
     """int8: (N,) fp32. int4 plain: (N, groups) bf16; packed: (panels, groups, 32)."""
     bias: Tensor | None = None
@@ -65,14 +70,27 @@ def quantize(weight: Tensor, bias: Tensor | None, format: Format) -> Weights:
     scale = None
     weight = weight.detach()
     if format == "int8":
-        weight, scale = _to_int8(weight.float())
+        weight, scale = _to_int8(mixed(weight))
     elif format == "int4":
-        weight, scale = _to_int4(weight.float())
+        weight, scale = _to_int4(mixed(weight))
     else:
         weight = weight.to(torch.float32 if format == "fp32" else torch.bfloat16).contiguous()
     return Weights(
         format=format, features=features, inputs=inputs, packed=False, weight=weight, scale=scale, bias=bias
     )
+
+
+def mixed(x: Tensor) -> Tensor:
+    """x (..., K), filled with zeros to whole blocks of 64, with each block times the orthonormal Hadamard matrix, fp32.
+
+    Spreads a number that stands out over its block, and is its own inverse (QuaRot, Ashkboos et al. 2024).
+    """
+    exact = _filled(x.float(), 0, _MIXED)
+    blocks = exact.reshape(-1, _MIXED)
+    for half in (1, 2, 4, 8, 16, 32):  # the kernels add in this order, too
+        first, second = blocks.view(-1, _MIXED // (2 * half), 2, half).unbind(2)
+        blocks = torch.stack([first + second, first - second], 2).flatten(1)
+    return (blocks / math.sqrt(_MIXED)).view(exact.shape)
 
 
 def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,13 +100,13 @@ def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    groups = _filled(weight, 0, GROUP).view(len(weight), -1, GROUP)
+    groups = weight.view(len(weight), -1, GROUP)
     # The number farthest from zero becomes -8, so that all sixteen values are used (as llama.cpp's q4_0).
     farthest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
     scale = (farthest / -8).to(torch.bfloat16)
     inverse = torch.where(scale == 0, 0.0, 1 / scale.float())
     whole = torch.round(groups * inverse[..., None]).clamp_(-8, 7)
-    return whole.to(torch.int8).flatten(1)[:, : weight.shape[1]].contiguous(), scale
+    return whole.to(torch.int8).flatten(1), scale
 
 
 def _filled(matrix: Tensor, rows: int, columns: int) -> Tensor:
@@ -115,7 +133,7 @@ def pack(plain: Weights) -> Weights:
         # [panel][8 inputs][half][32 features][4]: one byte holds an input of each half
         matrix = matrix.view(-1, _PANEL, inputs // 8, 2, 4).permute(0, 2, 3, 1, 4)
         matrix = matrix[:, :, 0] | (matrix[:, :, 1] << 4)
-        scale = F.pad(scale, (0, inputs // GROUP - scale.shape[1], 0, features - len(scale)))
+        scale = F.pad(scale, (0, 0, 0, features - len(scale)))
         scale = scale.view(-1, _PANEL, inputs // GROUP).transpose(1, 2).contiguous()
     else:
         matrix = matrix.view(-1, _PANEL, inputs // unit, unit).transpose(1, 2)
@@ -133,21 +151,28 @@ def unpack(packed: Weights) -> Weights:
         assert scale is not None
         halves = torch.stack([matrix & 15, matrix >> 4], 2)  # [panel][8 inputs][half][32 features][4]
         matrix = halves.permute(0, 3, 1, 2, 4).to(torch.int8) - 8
-        scale = scale.transpose(1, 2).flatten(0, 1)[:N, : -(-K // GROUP)].contiguous()
+        scale = scale.transpose(1, 2).flatten(0, 1)[:N].contiguous()
     else:
         matrix = matrix.transpose(1, 2)
         if packed.format == "int8":
             matrix = (matrix.to(torch.int16) - 128).to(torch.int8)
         scale = None if scale is None else scale[:N]
-    plain = matrix.reshape(-(-N // _PANEL) * _PANEL, -1)[:N, :K].contiguous()
+    width = K if packed.format in ("fp32", "bf16") else -(-K // _MIXED) * _MIXED
+    plain = matrix.reshape(-(-N // _PANEL) * _PANEL, -1)[:N, :width].contiguous()
     bias = None if packed.bias is None else packed.bias[:N]
     return replace(packed, packed=False, weight=plain, scale=scale, bias=bias)
 
 
 def floats(plain: Weights) -> Tensor:
     """The matrix (N, K) that plain weights stand for, fp32 for quantised ones."""
+    stored = stored_floats(plain)
+    return stored if plain.scale is None else mixed(stored)[:, : plain.inputs]
+
+
+def stored_floats(plain: Weights) -> Tensor:
+    """The same for mixed inputs, where the weights are quantised."""
     if plain.scale is None:
         return plain.weight
     if plain.format == "int8":
         return plain.weight.float() * plain.scale[:, None]
-    return plain.weight.float() * plain.scale.float().repeat_interleave(GROUP, 1)[:, : plain.inputs]
+    return plain.weight.float() * plain.scale.float().repeat_interleave(GROUP, 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from muster.model.attend import visible
 from muster.model.rope import rotate
 from muster.serve.engine.batch import Batch, PagedCache
-from muster.serve.kernels.packing import Weights, floats, unpack
+from muster.serve.kernels.packing import Weights, mixed, stored_floats, unpack
 from muster.serve.kernels.shape import Heads, QKNorm, Rotation
 
 
@@ -24,13 +24,13 @@ class ReferenceLinear:
     ) -> None:
         plain = unpack(weights)
         self._rounds = plain.format in ("int8", "int4")
-        self._weight = floats(plain).to(device, compute)
+        self._weight = stored_floats(plain).to(device, compute)
         self._bias = None if plain.bias is None else plain.bias.to(device)
         self._out = out
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._rounds:
-            whole, scale = round_rows(x)
+            whole, scale = round_rows(mixed(x))
             product = F.linear(whole.to(self._weight.dtype), self._weight).float() * scale
         else:
             product = F.linear(x, self._weight)
@@ -40,12 +40,11 @@ class ReferenceLinear:
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations in 8 bits: whole numbers -127..127 as fp32 and each row's scale (N, 1)."""
-    exact = x.float()
-    largest = exact.abs().amax(-1, keepdim=True)
+    """fp32 activations in 8 bits: whole numbers -127..127 as fp32 and each row's scale (N, 1)."""
+    largest = x.abs().amax(-1, keepdim=True)
     # A true division, which `127 / largest` is not: torch multiplies by the reciprocal there.
     inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)
-    return torch.round(exact * inverse), largest / 127
+    return torch.round(x * inverse), largest / 127
 
 
 class Reference:

@@ -22,7 +22,7 @@ import torch
 from cells import machine
 
 from muster.export.trained import load_trained
-from muster.model.folder import read_spec
+from muster.model.config_json import read_spec
 from muster.serve.engine.core import Core
 from muster.serve.opening import Setup, build_core, choose_threads
 from muster.serve.protocol import Request, SamplingParams, Token

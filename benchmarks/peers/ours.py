@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from muster.serve.engine.packed_file import open_packed, packed_path
+from muster.serve.engine.packed_bytes import packed_path
+from muster.serve.engine.packed_file import open_packed
 from muster.serve.engine.process import ENVIRONMENT
 from peers.side import Setting, free_port, http_side, worker_side
 

@@ -13,7 +13,8 @@ from ruamel.yaml import YAML
 from muster.checkpoint import manifest, shelf
 from muster.data.tokenizer import Tokenizer
 from muster.export.trained import load_trained
-from muster.model.folder import open_weights, read_spec, save_folder
+from muster.model.config_json import read_spec
+from muster.model.folder import open_weights, save_folder
 from muster.model.transformer import named_tensors
 from tests.conftest import Muster
 from tests.convert.writers import STEPS, State, deepspeed, megatron, spec, state_of

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from muster.convert.opening import open_source
 from muster.convert.source import KINDS
+from muster.model.config_json import read_spec
 from muster.model.families import FAMILIES
-from muster.model.folder import read_spec
 from tests.convert import deepspeed_peer
 from tests.convert.writers import state_of
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from muster.errors import UsageError
 from muster.model import folder as folders
-from muster.model.folder import load_folder, read_spec, save_folder
+from muster.model.config_json import read_spec
+from muster.model.folder import load_folder, save_folder
 from muster.model.spec import TransformerSpec
 from muster.model.staging import staged
 from muster.model.transformer import Transformer

@@ -18,7 +18,8 @@ import pytest
 import torch
 import transformers
 
-from muster.model.folder import load_folder, read_spec, save_folder
+from muster.model.config_json import read_spec
+from muster.model.folder import load_folder, save_folder
 from muster.model.generate import generate
 from muster.model.transformer import named_tensors
 

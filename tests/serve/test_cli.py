@@ -49,6 +49,10 @@ def test_serve_answers_and_stops_cleanly_on_sigterm(folder: Path, environment: d
             facts = r"\(\d.*k parameters, bf16, context 96, 3 streams\)"
             ready = re.fullmatch(rf"serving small-run on (http://127\.0\.0\.1:(\d+))  {facts}\n", lines[2])
             assert ready, (lines, process.stderr.read())
+            maps = Path(f"/proc/{process.pid}/maps")
+            assert not maps.exists() or "libtorch" not in maps.read_text(), (
+                "only the engine's process needs it"
+            )
             with openai.OpenAI(base_url=f"{ready[1]}/v1", api_key="none", max_retries=0) as client:
                 fields: dict[str, Any] = {
                     "model": "small-run",

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from muster.errors import ConfigError, DoesNotFit, UsageError
-from muster.model.folder import load_folder, read_spec
+from muster.model.config_json import read_spec
+from muster.model.folder import load_folder
 from muster.serve.codec import TextCodec
 from muster.serve.folders import Source, find_source, serve_section
 from muster.serve.opening import cache_blocks, choose_threads, open_model

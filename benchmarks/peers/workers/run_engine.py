@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lines import answer, now, serve
 
-from muster.model.folder import read_spec
+from muster.model.config_json import read_spec
 from muster.serve.opening import Setup, build_core, choose_threads
 from muster.serve.protocol import Request, SamplingParams, Token
 

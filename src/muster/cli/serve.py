@@ -100,7 +100,7 @@ def serve(
         from muster.resilience.lifeline import reported
 
         with reported():
-            from muster.serve.worker import run_rank
+            from muster.serve.making import run_rank
 
             run_rank(told)
         return
@@ -154,82 +154,89 @@ def serve(
         )
         return
     try:
-        from muster.serve.engine.process import ProcessEngine
-        from muster.serve.gate import Front
-        from muster.serve.http import build_app
-        from muster.serve.keys import read_keys
-        from muster.serve.rates import Rates
-        from muster.serve.server import Server, bind, url_of
+        from muster.serve.engine.process import ProcessEngine, Worker
     except ModuleNotFoundError as error:
-        if str(error.name).startswith("muster"):
-            raise
-        raise MissingExtra("muster serve", "serve") from None
-    from muster.observe.format import count
-    from muster.serve.folders import find_source, serve_section
-    from muster.serve.limits import Limits
-    from muster.serve.tls import tls_context
-    from muster.serve.visit import open_log
-    from muster.serve.warmup import warm_up
-
-    source = find_source(path, on_damaged=_complain)
-    section = serve_section(source.run or source.weights)
-    tls = tls_context(tls_cert, tls_key)
-    rates = Rates(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
-    front = Front(keys=read_keys(keys, os.environ), rates=rates)
-    address, number = host or section.host, section.port if port is None else port
-    # The port first: a taken one is known before minutes of loading.
-    with open_log(access_log) as front.log, bind(address, number, guarded=bool(front.keys)) as sock:
-        from muster.serve.opening import open_model
-
-        model = open_model(
-            source,
-            dtype=dtype,
-            streams=streams or section.streams,
-            context_tokens=context,
-            own_process=True,
-            draft=draft,
-            tensor=tensor or section.layout.tensor,
-            pipeline=pipeline or section.layout.pipeline,
-            follow=follow or section.follow,
-            waiting_s=max_wait,
-            adapters=(section.adapters or {}) | adapters,
-        )
-        limits = Limits(context_tokens=model.context_tokens, request_s=section.timeout)
-        app = build_app(
-            model.engine, model.codec, model.model_id, limits, front, [one.name for one in model.adapters]
-        )
-
-        url = url_of(sock, secure=tls is not None)
-
-        def announce() -> None:
-            facts = (
-                f"{count(model.parameters)} parameters, {model.dtype}, "
-                f"context {model.context_tokens}, {model.streams} streams"
-            )
-            if (ranks := model.tensor * model.pipeline) > 1:
-                sys.stdout.write(
-                    f"layout  tensor {model.tensor} x pipeline {model.pipeline}: {ranks} ranks\n"
-                )
-            for one in model.adapters:
-                size = f"rank {one.rank}, {count(one.parameters)} parameters"
-                sys.stdout.write(f"adapter {one.name}: {size}\n")
-            sys.stdout.write(f"threads {model.threads}: {model.threads_reason}\n")
-            sys.stdout.write(f"kernels {model.kernels}\n")
-            sys.stdout.write(f"serving {model.model_id} on {url}  ({facts})\n")
-            sys.stdout.flush()
-
-        server = Server(
-            app, limits, on_ready=announce, front=front, tls=tls, warm_up=lambda: warm_up(model.engine)
-        )
-        engine = model.engine
-        if isinstance(engine, ProcessEngine):
-            engine.on_end = lambda: setattr(server, "should_exit", True)
+        raise _missing(error) from None
+    with Worker() as worker:  # what it imports takes longest, and goes on beside all that follows
         try:
-            server.serve_on(sock)
-        finally:
-            engine.close()
-        if isinstance(engine, ProcessEngine) and engine.failure is not None:
-            raise MusterError(f"{engine.failure}: the server's log has what it said")
+            from muster.serve.gate import Front
+            from muster.serve.http import build_app
+            from muster.serve.keys import read_keys
+            from muster.serve.rates import Rates
+            from muster.serve.server import Server, bind, url_of
+        except ModuleNotFoundError as error:
+            raise _missing(error) from None
+        from muster.observe.format import count
+        from muster.serve.folders import find_source, serve_section
+        from muster.serve.limits import Limits
+        from muster.serve.tls import tls_context
+        from muster.serve.visit import open_log
+        from muster.serve.warmup import warm_up
+
+        source = find_source(path, on_damaged=_complain)
+        section = serve_section(source.run or source.weights)
+        tls = tls_context(tls_cert, tls_key)
+        rates = Rates(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
+        front = Front(keys=read_keys(keys, os.environ), rates=rates)
+        address, number = host or section.host, section.port if port is None else port
+        # The port first: a taken one is known before minutes of loading.
+        with open_log(access_log) as front.log, bind(address, number, guarded=bool(front.keys)) as sock:
+            from muster.serve.opening import open_model
+
+            model = open_model(
+                source,
+                dtype=dtype,
+                streams=streams or section.streams,
+                context_tokens=context,
+                own_process=True,
+                worker=worker,
+                draft=draft,
+                tensor=tensor or section.layout.tensor,
+                pipeline=pipeline or section.layout.pipeline,
+                follow=follow or section.follow,
+                waiting_s=max_wait,
+                adapters=(section.adapters or {}) | adapters,
+            )
+            limits = Limits(context_tokens=model.context_tokens, request_s=section.timeout)
+            app = build_app(
+                model.engine, model.codec, model.model_id, limits, front, [one.name for one in model.adapters]
+            )
+
+            url = url_of(sock, secure=tls is not None)
+
+            def announce() -> None:
+                facts = (
+                    f"{count(model.parameters)} parameters, {model.dtype}, "
+                    f"context {model.context_tokens}, {model.streams} streams"
+                )
+                if (ranks := model.tensor * model.pipeline) > 1:
+                    sys.stdout.write(
+                        f"layout  tensor {model.tensor} x pipeline {model.pipeline}: {ranks} ranks\n"
+                    )
+                for one in model.adapters:
+                    size = f"rank {one.rank}, {count(one.parameters)} parameters"
+                    sys.stdout.write(f"adapter {one.name}: {size}\n")
+                sys.stdout.write(f"threads {model.threads}: {model.threads_reason}\n")
+                sys.stdout.write(f"kernels {model.kernels}\n")
+                sys.stdout.write(f"serving {model.model_id} on {url}  ({facts})\n")
+                sys.stdout.flush()
+
+            server = Server(
+                app, limits, on_ready=announce, front=front, tls=tls, warm_up=lambda: warm_up(model.engine)
+            )
+            engine = model.engine
+            if isinstance(engine, ProcessEngine):
+                engine.on_end = lambda: setattr(server, "should_exit", True)
+            try:
+                server.serve_on(sock)
+            finally:
+                engine.close()
+            if isinstance(engine, ProcessEngine) and engine.failure is not None:
+                raise MusterError(f"{engine.failure}: the server's log has what it said")
+
+
+def _missing(error: ModuleNotFoundError) -> Exception:
+    return error if str(error.name).startswith("muster") else MissingExtra("muster serve", "serve")
 
 
 def _named(adapters: Sequence[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from muster.convert import deepspeed, megatron
 from muster.convert.source import Source, refuse_other_model, understood
 from muster.errors import UsageError
-from muster.model.folder import read_spec
+from muster.model.config_json import read_spec
 from muster.model.spec import TransformerSpec
 
 

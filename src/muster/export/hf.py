@@ -21,7 +21,8 @@ from muster.checkpoint.sealed import seal
 from muster.config.schema import Parity
 from muster.errors import UsageError
 from muster.export.parity import ParityReport, check_logits, logits_of, require_transformers
-from muster.model.folder import PACKED_PREFIX, write_files
+from muster.model.config_json import PACKED_PREFIX
+from muster.model.folder import write_files
 from muster.model.spec import TransformerSpec
 from muster.model.staging import staged
 from muster.model.transformer import materialize

@@ -11,7 +11,7 @@ from typing import Any
 
 from muster.config import schema
 from muster.errors import ConfigError
-from muster.model.folder import read_spec
+from muster.model.config_json import read_spec
 from muster.model.presets import PRESETS
 from muster.model.spec import TransformerSpec
 

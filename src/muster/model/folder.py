@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from muster.errors import UsageError
-from muster.model.families import FAMILIES, config_of, spec_of
+from muster.model.config_json import read_object, read_spec
+from muster.model.families import FAMILIES, config_of
 from muster.model.hf_tensors import Foreign
 from muster.model.spec import TransformerSpec
 from muster.model.staging import staged
@@ -27,18 +28,6 @@ from muster.model.transformer import Transformer, Value, materialize
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
-
-PACKED_PREFIX = "muster-packed-"
-"""How files begin that serving makes of a model and keeps beside it; they can be made again."""
-
-
-def read_spec(folder: Path) -> TransformerSpec:
-    """The specification of the model in `folder`."""
-    config = _read_json(folder / "config.json", "a folder in Hugging Face layout has one")
-    try:
-        return spec_of(config)
-    except UsageError as error:
-        raise UsageError(f"{folder / 'config.json'}: {error}") from None
 
 
 def open_weights(folder: Path) -> Value:
@@ -216,7 +205,7 @@ def _named(tensors: list[str]) -> str:
 def _files_of(folder: Path) -> dict[str, Path]:
     """The file that holds each tensor."""
     if (folder / _INDEX).exists():
-        weight_map = _read_json(folder / _INDEX, "").get("weight_map")
+        weight_map = read_object(folder / _INDEX, "").get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise UsageError(f"{folder / _INDEX} has no weight_map of names: copy it again")
         for name in sorted(set(weight_map.values())):
@@ -260,18 +249,6 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
             raise
         code = int(number[1])
         raise OSError(code, os.strerror(code), str(path)) from None
-
-
-def _read_json(path: Path, hint: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such file; {hint}") from None
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{path} cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} should hold a JSON object")
-    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -33,8 +33,7 @@ class TextCodec:
     """What makes structured output of this tokenizer's tokens."""
 
     def __post_init__(self) -> None:
-        guides = Guides(self.tokenizer.to_json, self.tokenizer.vocab, self.eos_ids)
-        object.__setattr__(self, "guides", guides)
+        object.__setattr__(self, "guides", Guides(self.guided))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a prompt; an empty one is the beginning of a document."""
@@ -57,6 +56,10 @@ class TextCodec:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
+
+    def guided(self) -> tuple[str, int, frozenset[int]]:
+        """What `Guides` read."""
+        return self.tokenizer.to_json(), self.tokenizer.vocab, self.eos_ids
 
     def _shield(self, content: Any) -> Any:
         """Plain data whose texts hold no special token."""

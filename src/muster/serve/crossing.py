@@ -12,13 +12,27 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
 
-from muster.serve.protocol import EngineError, Overloaded, Request, Token
+from muster.serve.protocol import EngineError, Overloaded, Request, Stats, Token
 
 Item = Token | EngineError
 
+WAITING_LIMIT = 256
+WAITING_TOKENS = 200_000
 WAITING_S = 60.0
 """Longest time that a request shall wait; one that would is refused, and told when to come again."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a step has come to."""
+
+    items: list[tuple[str, Item]] = field(default_factory=list)
+    """(request's id, its next token or why there is none), in order."""
+    admitted: list[str] = field(default_factory=list)
+    """Requests that wait no longer."""
+    stats: Stats = field(default_factory=Stats)
 
 
 class Stream:

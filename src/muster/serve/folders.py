@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from muster.checkpoint import manifest, shelf
 from muster.errors import CheckpointError, UsageError
+from muster.model import config_json
+from muster.model.spec import TransformerSpec
 from muster.serve.template import read_json
 
 if TYPE_CHECKING:
@@ -50,6 +52,18 @@ def find_source(path: Path, on_damaged: Callable[[str], None] = lambda _: None) 
     raise UsageError(
         f"{path} is neither a run folder nor a model folder: it has no run.json and no config.json"
     )
+
+
+def read_spec(weights: Path) -> TransformerSpec:
+    """The model in a folder of weights; UsageError or CheckpointError where there is none."""
+    if is_checkpoint(weights):
+        return TransformerSpec.from_dict(manifest.read(weights).model)
+    return config_json.read_spec(weights)
+
+
+def is_checkpoint(weights: Path) -> bool:
+    """Whether weights are a checkpoint's, and not in Hugging Face layout."""
+    return (weights / manifest.NAME).is_file()
 
 
 def is_whole(folder: Path) -> bool:

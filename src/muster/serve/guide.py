@@ -8,17 +8,17 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from muster.errors import MissingExtra, UsageError
 from muster.serve.protocol import Guide
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+    from torch import Tensor
 
 
 class Matcher:
@@ -34,6 +34,8 @@ class Matcher:
 
     def forbid(self, row: Tensor) -> None:
         """Set the logits (V,) of tokens that may not come next to -inf; raises ValueError where the library fails."""
+        import torch  # the server's process checks guides without it
+
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
             raise ValueError(_first_line(self._matcher.get_error()))
@@ -46,10 +48,11 @@ class Matcher:
 
 
 class Guides:
-    """Makes matchers for one tokenizer. `tokenizer` gives the text of its tokenizer.json, when it is needed first."""
+    """Makes matchers for one tokenizer. `read` gives the text of its tokenizer.json, its tokens and the ids that end
+    a text, when they are needed first."""
 
-    def __init__(self, tokenizer: Callable[[], str], vocab: int, eos_ids: Iterable[int]) -> None:
-        self._text, self._vocab, self._eos_ids = tokenizer, vocab, sorted(eos_ids)
+    def __init__(self, read: Callable[[], tuple[str, int, Iterable[int]]]) -> None:
+        self._read = read
         self._made: LLTokenizer | None = None
         self._making = threading.Lock()
 
@@ -60,7 +63,8 @@ class Guides:
                     from llguidance import LLTokenizer
                 except ModuleNotFoundError:
                     raise MissingExtra("structured output", "serve") from None
-                self._made = LLTokenizer(self._text(), n_vocab=self._vocab, eos_token=self._eos_ids)
+                text, vocab, ends = self._read()
+                self._made = LLTokenizer(text, n_vocab=vocab, eos_token=sorted(ends))
             return self._made
 
     def start(self, guide: Guide) -> Matcher:
@@ -76,6 +80,17 @@ class Guides:
         if matcher.is_error():
             raise UsageError(f"the {guide.kind} guide is not valid: {_first_line(matcher.get_error())}")
         return Matcher(matcher)
+
+
+def guides_of(folder: Path) -> Guides:
+    """Structured output of a folder's tokenizer."""
+
+    def read() -> tuple[str, int, Iterable[int]]:
+        from muster.serve.codec import TextCodec  # a tenth of a second
+
+        return TextCodec.from_folder(folder).guided()
+
+    return Guides(read)
 
 
 def _grammar(guide: Guide) -> str:

@@ -6,25 +6,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
 from muster.errors import ConfigError, DoesNotFit, UsageError
 from muster.model.spec import TransformerSpec
-from muster.parallel.layout import division_problems
-from muster.serve.adapters import Adapter, read_adapters
-from muster.serve.codec import TextCodec
 from muster.serve.crossing import WAITING_S
-from muster.serve.engine.batch import Network, PagedCache
-from muster.serve.engine.core import Core
-from muster.serve.engine.speculation import Drafter, ModelDrafter, NgramDrafter
-from muster.serve.engine.thread import ThreadEngine
-from muster.serve.folders import Source, find_source
-from muster.serve.kernels.ops import choose_kernels
-from muster.serve.kernels.packing import Format
+from muster.serve.folders import Source, find_source, read_spec
+from muster.serve.guide import guides_of
 from muster.serve.protocol import Engine
-from muster.serve.weights import compute_dtype, load_network, read_spec
+
+if TYPE_CHECKING:
+    import torch
+
+    from muster.serve.adapters import Adapter
+    from muster.serve.codec import TextCodec
+    from muster.serve.engine.batch import Network, PagedCache
+    from muster.serve.engine.core import Core
+    from muster.serve.engine.process import Worker
+    from muster.serve.engine.speculation import Drafter, ModelDrafter
+    from muster.serve.kernels.packing import Format
+# torch is imported where a network is made, and tokenizers where text is: the server and its engine each do without
+# the other's, which would take most of a start.
 
 NGRAM = "ngram"
 """In place of a draft model: what came after the last few tokens before."""
@@ -104,6 +108,7 @@ def open_model(
     streams: int = 1,
     context_tokens: int | None = None,
     own_process: bool = False,
+    worker: Worker | None = None,
     draft: str | None = None,
     tensor: int = 1,
     pipeline: int = 1,
@@ -114,14 +119,16 @@ def open_model(
     """Load a model and start its engine: on a thread of this process, or in its own, and there over several ranks.
 
     `context_tokens` shortens the model's own context. `draft` is `ngram`, or the path of a smaller model with the
-    same tokenizer: its guesses at next tokens are used where that is measured to be faster. `adapters` are folders by
-    name. Raises UsageError for folders that cannot be served and DoesNotFit when the key-value cache of one sequence
-    exceeds the free memory.
+    same tokenizer: its guesses at next tokens are used where that is measured to be faster. `worker` is the process of
+    the engine, begun earlier. `adapters` are folders by name. Raises UsageError for folders that cannot be served and
+    DoesNotFit when the key-value cache of one sequence exceeds the free memory.
     """
+    from muster.serve.codec import TextCodec
+
     source = find_source(model) if isinstance(model, Path) else model
     spec = read_spec(source.weights)
     _refuse(spec, source, tensor, pipeline, follow, adapters)
-    added = read_adapters(adapters, spec)
+    added = _read_adapters(adapters, spec)
     codec = TextCodec.from_folder(source.tokenizer)
     if codec.tokenizer.vocab > spec.vocab:
         raise UsageError(
@@ -144,11 +151,10 @@ def open_model(
         follow=str(source.run) if follow else None,
         adapters=dict(adapters),
     )
-    # Ranks that share a kv head keep a copy each.
-    setup = replace(setup, blocks=count_blocks(replace(spec, kv_heads=max(spec.kv_heads, tensor)), setup))
+    engine, kernels = _start(setup, own_process, worker, waiting_s)
     return Opened(
         model_id=source.name,
-        engine=_start(setup, own_process, waiting_s),
+        engine=engine,
         codec=codec,
         parameters=spec.parameters(),
         dtype=dtype,
@@ -156,24 +162,43 @@ def open_model(
         streams=streams,
         threads=threads,
         threads_reason=reason,
-        kernels=choose_kernels(compute_dtype(dtype))[1],
+        kernels=kernels,
         tensor=tensor,
         pipeline=pipeline,
         adapters=added,
     )
 
 
-def _start(setup: Setup, own_process: bool, waiting_s: float) -> Engine:
+def _read_adapters(folders: Mapping[str, str], spec: TransformerSpec) -> Sequence[Adapter]:
+    """What is in them, so that all that is wrong is said before anything else is made."""
+    if not folders:
+        return ()
+    from muster.serve.adapters import read_adapters  # and torch with it
+
+    return read_adapters(folders, spec)
+
+
+def _start(setup: Setup, own_process: bool, worker: Worker | None, waiting_s: float) -> tuple[Engine, str]:
+    """The engine, and what computes for it."""
     if not own_process:
-        return ThreadEngine(build_core(setup), waiting_s=waiting_s, threads=setup.threads)
+        from muster.serve.engine.thread import ThreadEngine
+        from muster.serve.kernels.ops import choose_kernels
+        from muster.serve.weights import compute_dtype
+
+        core = build_core(setup)
+        engine = ThreadEngine(core, waiting_s=waiting_s, threads=setup.threads)
+        return engine, choose_kernels(compute_dtype(setup.dtype))[1]
     from muster.serve.engine.process import RESTARTS, ProcessEngine  # what it imports is in the extra
 
     # A rank that has died is the whole engine's end, which says so: whoever keeps servers running starts it again.
     restarts = RESTARTS if setup.ranks == 1 else 0
-    return ProcessEngine(asdict(setup), waiting_s=waiting_s, restarts=restarts)
+    made = ProcessEngine(asdict(setup), worker, waiting_s=waiting_s, restarts=restarts)
+    return made, made.kernels
 
 
 def _draft_folder(path: Path, codec: TextCodec) -> Path:
+    from muster.serve.codec import TextCodec
+
     source = find_source(path)
     other = TextCodec.from_folder(source.tokenizer).tokenizer
     if other.digest != codec.tokenizer.digest:
@@ -193,6 +218,8 @@ def _refuse(
     adapters: Mapping[str, str],
 ) -> None:
     """Before anything is started, whatever cannot be divided, followed or named."""
+    from muster.parallel.layout import division_problems
+
     problems = [f"serve.layout{problem}" for problem in division_problems(spec, tensor, pipeline)]
     if follow and source.run is None:
         problems.append(
@@ -206,13 +233,29 @@ def _refuse(
 
 def build_core(setup: Setup) -> Core:
     """Load the weights and make room for keys and values, in this process."""
+    from muster.serve.weights import load_network
+
+    setup = with_blocks(setup)
     network = load_network(Path(setup.folder), setup.dtype, adapters=setup.adapters)
-    blocks = setup.blocks or count_blocks(network.spec, setup)
-    return core_of(setup, network, network.new_cache(blocks, BLOCK_TOKENS))
+    return core_of(setup, network, network.new_cache(setup.blocks, BLOCK_TOKENS))
+
+
+def with_blocks(setup: Setup) -> Setup:
+    """A setup that says how many blocks the cache has; DoesNotFit where there is no room for it."""
+    if setup.blocks:
+        return setup
+    spec = read_spec(Path(setup.folder))
+    # Ranks that share a kv head keep a copy each.
+    return replace(
+        setup, blocks=count_blocks(replace(spec, kv_heads=max(spec.kv_heads, setup.tensor)), setup)
+    )
 
 
 def core_of(setup: Setup, network: Network, cache: PagedCache) -> Core:
     """The engine around a network that is there."""
+    from muster.serve.engine.core import Core
+    from muster.serve.engine.speculation import NgramDrafter
+
     drafter: Drafter | None = None
     if setup.draft == NGRAM:
         drafter = NgramDrafter()
@@ -225,7 +268,7 @@ def core_of(setup: Setup, network: Network, cache: PagedCache) -> Core:
         step_tokens=max(STEP_TOKENS, setup.streams),
         context_tokens=setup.context_tokens,
         vocab=setup.vocab,
-        guides=TextCodec.from_folder(Path(setup.tokenizer or setup.folder)).guides,
+        guides=guides_of(Path(setup.tokenizer or setup.folder)),
         drafter=drafter,
         salt=salt_of(setup.step),
         weights_step=setup.step,
@@ -240,6 +283,9 @@ def salt_of(step: int) -> str:
 
 def _model_drafter(folder: Path, setup: Setup) -> ModelDrafter:
     """A small model that guesses ahead, whole on the first rank."""
+    from muster.serve.engine.speculation import ModelDrafter
+    from muster.serve.weights import load_network
+
     spec = read_spec(folder)
     if spec.context < setup.context_tokens:
         raise UsageError(
@@ -252,6 +298,8 @@ def _model_drafter(folder: Path, setup: Setup) -> ModelDrafter:
 
 def count_blocks(spec: TransformerSpec, setup: Setup) -> int:
     """Blocks of a model's cache that there is room for now."""
+    from muster.serve.weights import compute_dtype
+
     free_bytes = psutil.virtual_memory().available
     return cache_blocks(spec, compute_dtype(setup.dtype), setup.streams, setup.context_tokens, free_bytes)
 

@@ -12,11 +12,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.meta import find_undeclared_variables
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from muster.errors import UsageError
 
 Message = Mapping[str, Any]
@@ -69,6 +64,11 @@ class JinjaTemplate:
     stop: tuple[str, ...] = ()
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        from jinja2 import TemplateError  # not needed where the engine runs
+        from jinja2.ext import loopcontrols
+        from jinja2.meta import find_undeclared_variables
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
@@ -137,4 +137,6 @@ def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
 
 
 def _raise(message: str) -> None:
+    from jinja2 import TemplateError
+
     raise TemplateError(message)

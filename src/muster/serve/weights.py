@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
-from muster.checkpoint import manifest
 from muster.model import folder as hf
-from muster.model.spec import TransformerSpec
 from muster.model.transformer import Value
 from muster.serve.adapters import read_adapters
 from muster.serve.engine.network import Total, TransformerNetwork, same
 from muster.serve.engine.packed import pack_model
-from muster.serve.engine.packed_file import open_packed
+from muster.serve.engine.packed_bytes import read_bytes
+from muster.serve.engine.packed_file import Read, open_packed
 from muster.serve.engine.part import Part, load_part
+from muster.serve.folders import is_checkpoint, is_whole, read_spec
 from muster.serve.kernels.ops import choose_kernels
 from muster.serve.kernels.packing import Format
 
 
-def read_spec(folder: Path) -> TransformerSpec:
-    """The model in a folder; UsageError or CheckpointError where there is none."""
-    if _is_checkpoint(folder):
-        return TransformerSpec.from_dict(manifest.read(folder).model)
-    return hf.read_spec(folder)
-
-
 def open_weights(folder: Path) -> Value:
     """Reads parameters of the model in a folder one at a time, whole, in fp32."""
-    if not _is_checkpoint(folder):
+    if not is_checkpoint(folder):
         return hf.open_weights(folder)
     from muster.checkpoint.state import open_shards  # a second of imports, for checkpoints alone
 
@@ -42,16 +35,17 @@ def load_network(
     format: Format,
     part: Part | None = None,
     total: Total = same,
+    read: Read = read_bytes,
     adapters: Mapping[str, str] = MappingProxyType({}),
 ) -> TransformerNetwork:
     """The network of a model in a format, or of one rank's part of it; `total` sums over the ranks of a layer.
 
-    `adapters` are folders by name.
-    Of a whole model in Hugging Face layout, int8 and int4 are kept in its folder for the next start.
+    Of a whole model in Hugging Face layout, packed weights are kept in its folder for the next start; `read` reads
+    those. `adapters` are folders by name.
     """
     compute = compute_dtype(format)
-    if part is None and not _is_checkpoint(folder):
-        packed, _ = open_packed(folder, format)
+    if part is None and not is_checkpoint(folder):
+        packed, _ = open_packed(folder, format, read)
     else:
         part = part or Part.of(read_spec(folder))
         packed = pack_model(load_part(part, open_weights(folder), dtype=compute), format, part=part)
@@ -59,10 +53,18 @@ def load_network(
     return TransformerNetwork(packed, choose_kernels(compute)[0], total, added)
 
 
+def load_if_there(
+    load: Callable[[str], TransformerNetwork], folder: str, *, may_go: bool
+) -> TransformerNetwork | None:
+    """None for a folder that is deleted before it has been read, if it `may_go`."""
+    try:
+        return load(folder)
+    except Exception:
+        if not may_go or is_whole(Path(folder)):
+            raise
+        return None
+
+
 def compute_dtype(format: Format) -> torch.dtype:
     """What activations and the cache are, for weights in a format."""
     return torch.float32 if format == "fp32" else torch.bfloat16
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / manifest.NAME).is_file()

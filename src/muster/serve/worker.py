@@ -1,12 +1,11 @@
 """`python -m muster.serve.worker FD`: the engine's process, started by `engine/process.py`.
 
-Its one connection is the socket FD. When that closes, the server has ended, and so does this at once. Where the model
-is divided over several ranks, it is the first of them; the others are `run_rank`.
+Its one connection is the socket FD, over which it is told what to make. When that closes, the server has ended, and so
+does this at once. Imports no torch at the top: while torch is being imported, packed weights are read already.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -14,36 +13,15 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-
 from muster.errors import MusterError
-from muster.parallel.world import join
 from muster.serve.crossing import Inbox
-from muster.serve.engine.batch import Network
-from muster.serve.engine.core import Outcome
-from muster.serve.engine.network import TransformerNetwork
-from muster.serve.engine.part import Part
-from muster.serve.engine.ranks import (
-    STEP_S,
-    Grid,
-    Load,
-    Orders,
-    ParallelNetwork,
-    follow,
-    load_if_there,
-    load_together,
-)
-from muster.serve.engine.thread import drive
-from muster.serve.engine.wire import Wire, from_outcome, to_request
-from muster.serve.folders import find_source
-from muster.serve.follow import Follower
-from muster.serve.opening import BLOCK_TOKENS, Setup, core_of, count_blocks
-from muster.serve.weights import load_network, read_spec
+from muster.serve.engine.packed_bytes import ReadAhead
+from muster.serve.engine.wire import Wire, to_request
 
 if TYPE_CHECKING:
     from muster.resilience.budget import Failure
@@ -52,104 +30,28 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _KINDS = {2: "UsageError", 3: "DoesNotFit"}
 
+Told = tuple[dict[str, Any], ReadAhead]
+"""The setup, and its packed weights on their way."""
+
 
 def main(fd: int) -> None:
     # Whoever stops the server stops it alone: requests under way are finished first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     wire = Wire(socket.socket(fileno=fd))
-    messages = wire.messages()
-    setup = Setup(**next(messages)["setup"])
-    inbox, end = Inbox(), _End(wire)
-    # From now on, as loading may take long, too.
-    threading.Thread(target=_listen, args=(messages, inbox, end), daemon=True).start()
-    torch.set_num_threads(setup.threads)
+    inbox, end, told = Inbox(), End(wire), Future[Told]()
+    # From now on, as importing and loading take long, too.
+    threading.Thread(target=_listen, args=(wire.messages(), inbox, end, told), daemon=True).start()
     with ExitStack() as stack:
         try:
-            _serve(setup, inbox, end, stack)
+            from muster.serve.making import serve
+
+            serve(*told.result(), inbox, end, stack)
         except Exception as error:
             end.by(error)
 
 
-def _serve(setup: Setup, inbox: Inbox, end: _End, stack: ExitStack) -> None:
-    orders: Orders | None = None
-    if setup.ranks > 1:
-        from muster.serve.engine.others import Others  # what it imports is of use to several ranks only
-
-        end.others = Others(json.dumps(asdict(setup)), setup.ranks, setup.threads, end.by_failure)
-        stack.enter_context(join(STEP_S, on_cpu=True))
-        grid, orders, load = _place(setup)
-    else:
-        load = _load(setup)
-    setup, own = _loaded(setup, load, orders)
-    cache = own.new_cache(setup.blocks or count_blocks(own.part.whole, setup), BLOCK_TOKENS)
-    parallel: ParallelNetwork | None = None
-    network: Network = own
-    if orders is not None:
-        network = parallel = ParallelNetwork(own, grid, orders)
-    core = core_of(setup, network, cache)
-    end.wire.send({"ready": True, "stats": core.stats()})
-    end.ready = True
-    if setup.follow is not None:
-        Follower(Path(setup.follow), setup.step, core, inbox, load, parallel)
-
-    def deliver(outcome: Outcome) -> None:
-        try:
-            end.wire.send(from_outcome(outcome))
-        except OSError:
-            end.leave(0)
-
-    drive(core, inbox, deliver)
-
-
-def run_rank(told: str) -> None:
-    """A rank other than the first: follows until the first one ends. `told` is the setup that it has been given."""
-    setup = Setup(**json.loads(told))
-    with join(STEP_S, on_cpu=True):
-        grid, orders, load = _place(setup)
-        own: TransformerNetwork | None = None
-        while own is None:
-            own = load_together(orders, load, may_go=setup.follow is not None)
-        follow(own, own.new_cache(setup.blocks, BLOCK_TOKENS), grid, orders, load)
-
-
-def _place(setup: Setup) -> tuple[Grid, Orders, Load]:
-    """This rank among the others, once they have joined."""
-    grid, orders = Grid(setup.tensor, setup.pipeline), Orders()
-    return grid, orders, _load(setup, grid)
-
-
-def _load(setup: Setup, grid: Grid | None = None) -> Load:
-    if grid is None:
-        return lambda folder: load_network(Path(folder), setup.dtype, adapters=setup.adapters)
-    place = grid
-
-    def load(folder: str) -> TransformerNetwork:
-        spec = read_spec(Path(folder))
-        part = Part.of(spec, place.rank, tensor=setup.tensor, pipeline=setup.pipeline)
-        return load_network(Path(folder), setup.dtype, part, place.total, setup.adapters)
-
-    return load
-
-
-def _loaded(setup: Setup, load: Load, orders: Orders | None) -> tuple[Setup, TransformerNetwork]:
-    """What is served in the end, and this rank's part of it.
-
-    That is the newest checkpoint where the one that the server began with is deleted by the training it follows.
-    """
-    while True:
-        folder, may_go = setup.folder, setup.follow is not None
-        if orders is None:
-            network = load_if_there(load, folder, may_go=may_go)
-        else:
-            network = load_together(orders, load, folder, may_go=may_go)
-        if network is not None:
-            return setup, network
-        source = find_source(Path(setup.follow or folder))
-        setup = replace(setup, folder=str(source.weights), tokenizer=str(source.tokenizer), step=source.step)
-
-
-class _End:
+class End:
     """How the process ends, and what the server hears of it."""
 
     def __init__(self, wire: Wire) -> None:
@@ -189,9 +91,13 @@ class _End:
             _LOG.debug("the server has gone before")
 
 
-def _listen(messages: Iterator[dict[str, Any]], inbox: Inbox, end: _End) -> None:
+def _listen(messages: Iterator[dict[str, Any]], inbox: Inbox, end: End, told: Future[Told]) -> None:
     for message in messages:
-        inbox.put(to_request(message["add"]) if "add" in message else message["cancel"])
+        if "setup" in message:
+            setup = message["setup"]
+            told.set_result((setup, ReadAhead(Path(setup["folder"]), setup["dtype"])))
+        else:
+            inbox.put(to_request(message["add"]) if "add" in message else message["cancel"])
     end.leave(0)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from muster.checkpoint import manifest, shelf
 from muster.checkpoint.manifest import Manifest
 from muster.errors import CheckpointError, UsageError
-from muster.model import folder as hf
+from muster.model import config_json
 from muster.model.spec import TransformerSpec
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def is_ours(folder: Path) -> bool:
 def read_spec(folder: Path) -> TransformerSpec:
     """The model that a run starts with; UsageError where `folder` has none."""
     if not is_ours(folder):
-        return hf.read_spec(folder)
+        return config_json.read_spec(folder)
     return TransformerSpec.from_dict(_newest(folder).model)
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from muster.errors import UsageError
 from muster.model.folder import load_folder
-from muster.serve.engine.core import Outcome
+from muster.serve.crossing import Outcome
 from muster.serve.engine.process import ProcessEngine
 from muster.serve.engine.wire import Wire, from_outcome, from_request, to_outcome, to_request
 from muster.serve.opening import Setup

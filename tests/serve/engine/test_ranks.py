@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from muster.model.folder import read_spec, save_folder
+from muster.model.config_json import read_spec
+from muster.model.folder import save_folder
 from muster.model.transformer import Transformer
 from muster.parallel.world import join
 from muster.serve.engine.core import Core

@@ -15,7 +15,8 @@ from muster.model.spec import TransformerSpec
 from muster.model.transformer import Transformer, named_tensors
 from muster.serve.engine import packed_file
 from muster.serve.engine.packed import PackedModel, pack_model
-from muster.serve.engine.packed_file import open_packed, packed_path, read_packed, source_digest, write_packed
+from muster.serve.engine.packed_bytes import ReadAhead, packed_path
+from muster.serve.engine.packed_file import open_packed, read_packed, source_digest, write_packed
 from muster.serve.kernels.packing import FORMATS, Format
 
 SPEC = TransformerSpec(
@@ -57,12 +58,26 @@ def test_round_trip(format: Format, tmp_path: Path) -> None:
 
 def test_opened_again_it_is_read(folder: Path) -> None:
     first, reason = open_packed(folder, "int4")
-    assert "quantised now" in reason
+    assert "packed now" in reason
     again, reason = open_packed(folder, "int4")
     assert "read from muster-packed-int4.safetensors" in reason
     assert_same(again, first)
-    assert "own files" in open_packed(folder, "bf16")[1]
-    assert not packed_path(folder, "bf16").exists()
+    assert "own files" in open_packed(folder, "fp32")[1]
+    assert not packed_path(folder, "fp32").exists()
+
+
+def test_it_is_read_ahead(folder: Path) -> None:
+    read = ReadAhead(folder, "bf16")  # there is nothing yet
+    first, reason = open_packed(folder, "bf16", read)
+    assert "packed now" in reason
+    read = ReadAhead(folder, "bf16")
+    assert_same(open_packed(folder, "bf16", read)[0], first)
+    content = packed_path(folder, "bf16").read_bytes()
+    packed_path(folder, "bf16").write_bytes(content[:-1])
+    assert "damaged" in open_packed(folder, "bf16", read)[1], "what was read ahead is used once"
+    packed_path(folder, "bf16").write_bytes(content[:-1])
+    assert "damaged" in open_packed(folder, "bf16", ReadAhead(folder, "bf16"))[1]
+    assert packed_path(folder, "bf16").read_bytes() == content
 
 
 def test_any_safetensors_reader_can_open_it(folder: Path) -> None:

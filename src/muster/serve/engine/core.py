@@ -11,7 +11,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from muster.errors import UsageError
 from muster.serve.adjust import Adjustment, adjust
+from muster.serve.crossing import Outcome
 from muster.serve.engine.batch import Network, NetworkLost, PagedCache
 from muster.serve.engine.blocks import BlockPool, Key, root
 from muster.serve.engine.runner import Runner
@@ -32,19 +33,6 @@ from muster.serve.sampler import sample, top_logprobs
 _LOG = logging.getLogger(__name__)
 
 _NOT_FINITE = "the model's output is not finite (nan or inf): its weights may be damaged"
-
-Item = Token | EngineError
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a step has come to."""
-
-    items: list[tuple[str, Item]] = field(default_factory=list)
-    """(request's id, its next token or why there is none), in order."""
-    admitted: list[str] = field(default_factory=list)
-    """Requests that wait no longer."""
-    stats: Stats = field(default_factory=Stats)
 
 
 @dataclass(slots=True, eq=False)

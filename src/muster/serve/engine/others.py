@@ -42,7 +42,7 @@ class Others:
         self._on_failure = on_failure
         self._failed = threading.Event()
         self._closing = False
-        self._zygote = Zygote(["muster.serve.worker", "muster.cli.serve"])
+        self._zygote = Zygote(["muster.serve.making", "muster.serve.engine.ranks", "muster.cli.serve"])
         place = Place(first=1, ranks=world - 1, world=world, host="127.0.0.1", port=self._store.port)
         told = {RANK_SETUP: setup, "OMP_NUM_THREADS": str(threads), "LOCAL_WORLD_SIZE": str(world)}
         self._ranks = Ranks(

@@ -6,6 +6,7 @@ ends by itself, its requests fail, and it is started again, unless that has happ
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -19,8 +20,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from muster.errors import DoesNotFit, MusterError, UsageError
-from muster.serve.crossing import WAITING_S, Streams
-from muster.serve.engine.thread import WAITING_LIMIT, WAITING_TOKENS
+from muster.serve.crossing import WAITING_LIMIT, WAITING_S, WAITING_TOKENS, Streams
 from muster.serve.engine.wire import Wire, from_request, to_outcome
 from muster.serve.protocol import Request, Stats, Token
 
@@ -38,8 +38,30 @@ _ERRORS: dict[str, type[MusterError]] = {
 }
 
 
+class Worker:
+    """`python -m muster.serve.worker`, begun: it imports what it needs while its setup is still being found out."""
+
+    def __init__(self) -> None:
+        here, there = socket.socketpair()
+        with there:
+            command = [sys.executable, "-m", "muster.serve.worker", str(there.fileno())]
+            self.process = subprocess.Popen(
+                command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, env=ENVIRONMENT | os.environ
+            )
+        self.wire = Wire(here)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Have it end, unless it has; it has nothing to lose."""
+        self.wire.close()
+        self.process.kill()
+        self.process.wait()
+
+
 class ProcessEngine:
-    """An `Engine` in the process that `python -m muster.serve.worker` is. `setup` is what that makes its core from.
+    """An `Engine` in a process of its own. `setup` is what that makes its core from; `worker` is one begun earlier.
 
     Returns when it is ready to generate; raises what went wrong there. `on_end` is called, on another thread, when
     it has ended for good.
@@ -48,6 +70,7 @@ class ProcessEngine:
     def __init__(
         self,
         setup: dict[str, Any],
+        worker: Worker | None = None,
         *,
         waiting_limit: int = WAITING_LIMIT,
         waiting_tokens: int = WAITING_TOKENS,
@@ -58,12 +81,14 @@ class ProcessEngine:
         self._setup, self._restarts, self.on_end = setup, restarts, on_end
         self.failure: str | None = None
         """Why it has ended for good."""
+        self.kernels = ""
+        """What computes, and why."""
         self._streams = Streams(waiting_limit, waiting_tokens, waiting_s)
         self._stats = Stats()
         self._closing = False
         self._ends: deque[float] = deque(maxlen=restarts + 1)
         self._changed = threading.Lock()  # guards which process it is
-        self._process, self._wire = self._start()
+        self._process, self._wire = self._start(worker or Worker())
         messages = self._wire.messages()
         try:
             self._greet(messages)
@@ -103,16 +128,10 @@ class ProcessEngine:
         self._reader.join()
         self._process.wait()
 
-    def _start(self) -> tuple[subprocess.Popen[bytes], Wire]:
-        here, there = socket.socketpair()
-        with there:
-            command = [sys.executable, "-m", "muster.serve.worker", str(there.fileno())]
-            process = subprocess.Popen(
-                command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, env=ENVIRONMENT | os.environ
-            )
-        wire = Wire(here)
-        wire.send({"setup": self._setup})
-        return process, wire
+    def _start(self, worker: Worker) -> tuple[subprocess.Popen[bytes], Wire]:
+        with contextlib.suppress(OSError):  # it has ended already, as `_greet` will say
+            worker.wire.send({"setup": self._setup})
+        return worker.process, worker.wire
 
     def _greet(self, messages: Iterator[dict[str, Any]]) -> None:
         """Wait until the process is ready."""
@@ -121,7 +140,7 @@ class ProcessEngine:
             raise MusterError(f"the engine's process {_ending(self._process.wait())} while it was starting")
         if "error" in greeting:
             raise _ERRORS.get(greeting["kind"], MusterError)(greeting["error"])
-        self._stats = Stats(**greeting["stats"])
+        self._stats, self.kernels = Stats(**greeting["stats"]), greeting["kernels"]
 
     def _send(self, message: dict[str, Any]) -> None:
         with self._changed:
@@ -156,7 +175,7 @@ class ProcessEngine:
                     return
                 _LOG.error("%s; it is started again", cause)
                 self._stats = Stats(ready=False)
-                self._process, self._wire = self._start()
+                self._process, self._wire = self._start(Worker())
                 messages = self._wire.messages()
                 self._streams.fail(f"{cause}; send the request again", for_good=False)
             try:

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from enum import IntEnum
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from muster.parallel import vocabulary
 from muster.serve.engine.batch import Batch, NetworkLost, PagedCache, carry_out
 from muster.serve.engine.blocks import Chore, Copy, Wipe
 from muster.serve.engine.network import TransformerNetwork
-from muster.serve.folders import is_whole
+from muster.serve.weights import load_if_there
 
 _LOG = logging.getLogger(__name__)
 
@@ -168,16 +167,6 @@ def load_together(
         folder = _word(orders.take()[1][0])
     network = load_if_there(load, folder, may_go=may_go)
     return network if orders.agree(network is not None) else None
-
-
-def load_if_there(load: Load, folder: str, *, may_go: bool) -> TransformerNetwork | None:
-    """None for a folder that is deleted before it has been read, if it `may_go`."""
-    try:
-        return load(folder)
-    except Exception:
-        if not may_go or is_whole(Path(folder)):
-            raise
-        return None
 
 
 class Loading:

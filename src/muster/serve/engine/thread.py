@@ -8,14 +8,11 @@ from collections.abc import AsyncIterator, Callable
 
 import torch
 
-from muster.serve.crossing import WAITING_S, Inbox, Streams
-from muster.serve.engine.core import Core, Outcome
+from muster.serve.crossing import WAITING_LIMIT, WAITING_S, WAITING_TOKENS, Inbox, Outcome, Streams
+from muster.serve.engine.core import Core
 from muster.serve.protocol import Request, Stats, Token
 
 _LOG = logging.getLogger(__name__)
-
-WAITING_LIMIT = 256
-WAITING_TOKENS = 200_000
 
 
 class ThreadEngine:

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from muster.serve.engine.core import Item, Outcome
+from muster.serve.crossing import Item, Outcome
 from muster.serve.protocol import EngineError, Guide, Request, SamplingParams, Stats, Token
 
 _LENGTH_BYTES = 8

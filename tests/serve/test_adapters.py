@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from muster.cli.serve import serve
 from muster.errors import ConfigError, UsageError
-from muster.model.folder import load_folder, read_spec
+from muster.model.config_json import read_spec
+from muster.model.folder import load_folder
 from muster.model.transformer import Transformer
 from muster.serve.adapters import read_adapters
 from muster.serve.codec import TextCodec

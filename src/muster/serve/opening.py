@@ -119,8 +119,8 @@ def open_model(
     """Load a model and start its engine: on a thread of this process, or in its own, and there over several ranks.
 
     `context_tokens` shortens the model's own context. `draft` is `ngram`, or the path of a smaller model with the
-    same tokenizer: its guesses at next tokens are used where that is measured to be faster. `adapters` are folders by
-    name. `worker` is the process of the engine, begun earlier. Raises UsageError for folders that cannot be served and
+    same tokenizer: its guesses at next tokens are used where that is measured to be faster. `worker` is the process of
+    the engine, begun earlier. `adapters` are folders by name. Raises UsageError for folders that cannot be served and
     DoesNotFit when the key-value cache of one sequence exceeds the free memory.
     """
     from muster.serve.codec import TextCodec
@@ -128,7 +128,7 @@ def open_model(
     source = find_source(model) if isinstance(model, Path) else model
     spec = read_spec(source.weights)
     _refuse(spec, source, tensor, pipeline, follow, adapters)
-    added = _read(adapters, spec)
+    added = _read_adapters(adapters, spec)
     codec = TextCodec.from_folder(source.tokenizer)
     if codec.tokenizer.vocab > spec.vocab:
         raise UsageError(
@@ -169,6 +169,15 @@ def open_model(
     )
 
 
+def _read_adapters(folders: Mapping[str, str], spec: TransformerSpec) -> Sequence[Adapter]:
+    """What is in them, so that all that is wrong is said before anything else is made."""
+    if not folders:
+        return ()
+    from muster.serve.adapters import read_adapters  # and torch with it
+
+    return read_adapters(folders, spec)
+
+
 def _start(setup: Setup, own_process: bool, worker: Worker | None, waiting_s: float) -> tuple[Engine, str]:
     """The engine, and what computes for it."""
     if not own_process:
@@ -185,14 +194,6 @@ def _start(setup: Setup, own_process: bool, worker: Worker | None, waiting_s: fl
     restarts = RESTARTS if setup.ranks == 1 else 0
     made = ProcessEngine(asdict(setup), worker, waiting_s=waiting_s, restarts=restarts)
     return made, made.kernels
-
-
-def _read(adapters: Mapping[str, str], spec: TransformerSpec) -> Sequence[Adapter]:
-    if not adapters:
-        return ()
-    from muster.serve.adapters import read_adapters
-
-    return read_adapters(adapters, spec)
 
 
 def _draft_folder(path: Path, codec: TextCodec) -> Path:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from muster.model.folder import load_folder, read_spec
+from muster.model.config_json import read_spec
+from muster.model.folder import load_folder
 from muster.model.transformer import Transformer
 from muster.parallel.world import join
 from muster.serve.engine.core import Core

@@ -23,6 +23,7 @@ def serve(
     pipeline: int | None = None,
     follow: bool = False,
     replicas: int | None = None,
+    prefill_replicas: int = 0,
     upstream: list[str] | None = None,
     policy: Literal["prefix", "tokens", "round-robin"] = "prefix",
     hedge_after: str | None = None,
@@ -67,6 +68,8 @@ def serve(
     replicas
         Serve so many processes of the model behind a router, which starts a dead one again and lets another finish its
         answers.
+    prefill_replicas
+        Further replicas that compute long prompts for the others, whose streams then do not wait for them.
     upstream
         Address of a server that runs already, instead of a model: route to it; several times for several. Any
         OpenAI-compatible kind will do.
@@ -115,7 +118,7 @@ def serve(
     for name, rate in (("requests", requests_per_minute), ("tokens", tokens_per_minute)):
         if rate is not None and rate < 1:
             raise UsageError(f"--{name}-per-minute {rate} should be at least 1")
-    if replicas is not None or upstream or manifest is not None or path is None:
+    if replicas is not None or prefill_replicas or upstream or manifest is not None or path is None:
         if tokens_per_minute is not None:
             raise UsageError(
                 "--tokens-per-minute is not counted by a router: give it to the servers behind it"
@@ -137,6 +140,7 @@ def serve(
         route(
             path,
             replicas=replicas,
+            prefill_replicas=prefill_replicas,
             upstream=upstream or (),
             policy=policy,
             hedge_after=hedge_after,
@@ -154,6 +158,7 @@ def serve(
     try:
         from muster.serve.engine.process import ProcessEngine
         from muster.serve.gate import Front
+        from muster.serve.handover import Handover
         from muster.serve.http import build_app
         from muster.serve.keys import read_keys
         from muster.serve.rates import Rates
@@ -173,7 +178,7 @@ def serve(
     section = serve_section(source.run or source.weights)
     tls = tls_context(tls_cert, tls_key)
     rates = Rates(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
-    front = Front(keys=read_keys(keys, os.environ), rates=rates)
+    front = Front(keys=read_keys(keys, os.environ), rates=rates, handover=Handover.given(os.environ))
     address, number = host or section.host, section.port if port is None else port
     # The port first: a taken one is known before minutes of loading.
     with open_log(access_log) as front.log, bind(address, number, guarded=bool(front.keys)) as sock:

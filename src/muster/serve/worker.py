@@ -6,6 +6,7 @@ is divided over several ranks, it is the first of them; the others are `run_rank
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,6 +29,7 @@ from muster.serve.crossing import Inbox
 from muster.serve.engine.batch import Network
 from muster.serve.engine.core import Outcome
 from muster.serve.engine.network import TransformerNetwork
+from muster.serve.engine.packed_file import source_digest
 from muster.serve.engine.part import Part
 from muster.serve.engine.ranks import (
     STEP_S,
@@ -39,9 +42,11 @@ from muster.serve.engine.ranks import (
     load_together,
 )
 from muster.serve.engine.thread import drive
+from muster.serve.engine.transfer import Porter
 from muster.serve.engine.wire import Wire, from_outcome, to_request
 from muster.serve.folders import find_source
 from muster.serve.follow import Follower
+from muster.serve.kernels.packing import LAYOUT
 from muster.serve.opening import BLOCK_TOKENS, Setup, core_of, count_blocks
 from muster.serve.weights import load_network, read_spec
 
@@ -90,6 +95,8 @@ def _serve(setup: Setup, inbox: Inbox, end: _End, stack: ExitStack) -> None:
     core = core_of(setup, network, cache)
     end.wire.send({"ready": True, "stats": core.stats()})
     end.ready = True
+    if setup.ranks == 1:
+        end.porter = Porter(core, cache, f"{source_digest(Path(setup.folder))} {setup.dtype} {LAYOUT}")
     if setup.follow is not None:
         Follower(Path(setup.follow), setup.step, core, inbox, load, parallel)
 
@@ -157,6 +164,13 @@ class _End:
         self.others: Others | None = None
         self.ready = False
         """Whether the server has been told that this can generate."""
+        self.porter: Porter | None = None
+
+    def move(self, number: int, path: str, prompt: list[int]) -> None:
+        """Between two steps: move blocks, and say how many that were."""
+        blocks = self.porter.move(Path(path), prompt) if self.porter is not None else 0
+        with contextlib.suppress(OSError):  # the server has gone before
+            self.wire.send({"moved": [number, blocks]})
 
     def by(self, error: Exception) -> NoReturn:
         """Something went wrong here; where that comes of another rank's end, that is said instead."""
@@ -191,6 +205,9 @@ class _End:
 
 def _listen(messages: Iterator[dict[str, Any]], inbox: Inbox, end: _End) -> None:
     for message in messages:
+        if "move" in message:
+            inbox.put(partial(end.move, *message["move"]))
+            continue
         inbox.put(to_request(message["add"]) if "add" in message else message["cancel"])
     end.leave(0)
 

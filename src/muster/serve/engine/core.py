@@ -88,7 +88,8 @@ class Core:
         always_draft: bool = False,
         weights_step: int = 0,
     ) -> None:
-        pool = BlockPool(cache.keys[0].shape[0], cache.block_tokens, prefix_cache=prefix_cache)
+        self.pool = pool = BlockPool(cache.keys[0].shape[0], cache.block_tokens, prefix_cache=prefix_cache)
+        self.streams = streams
         self._scheduler = Scheduler(pool, streams=streams, step_tokens=step_tokens)
         if self._scheduler.capacity_tokens < context_tokens:
             raise ValueError(
@@ -97,7 +98,7 @@ class Core:
             )
         self._context_tokens = context_tokens
         self._runner = Runner(network, cache, vocab=vocab)
-        self._root, self._weights_step = root(salt), weights_step
+        self.root, self._weights_step = root(salt), weights_step
         self._guides = guides
         self._drafter, self._gain = drafter, None if always_draft else Gain()
         self._drafted = self._accepted_tokens = 0
@@ -149,7 +150,7 @@ class Core:
             arrival=self._arrivals,
             tokens=[*prompt, *request.generated],
             prompt_tokens=len(prompt),
-            root=self._root,
+            root=self.root,
             priority=request.priority,
             client=request.client,
             preempted=bool(request.generated),  # elsewhere: it has waited once
@@ -180,8 +181,8 @@ class Core:
         and values are computed again.
         """
         self._runner.renew(network)
-        self._root, self._weights_step = root(salt), weights_step
-        self._scheduler.restart(self._root)
+        self.root, self._weights_step = root(salt), weights_step
+        self._scheduler.restart(self.root)
 
     def abandon(self) -> Outcome:
         """End all requests, as the engine is stopping."""

@@ -18,6 +18,7 @@ def route(
     path: Path | None,
     *,
     replicas: int | None,
+    prefill_replicas: int,
     upstream: Sequence[str],
     policy: Policy,
     hedge_after: str | None,
@@ -53,6 +54,10 @@ def route(
         raise UsageError("--upstream names servers that run already: leave PATH and --replicas out")
     if replicas is not None and replicas < 1:
         raise UsageError(f"--replicas {replicas} should be at least 1")
+    if prefill_replicas < 0 or (prefill_replicas and path is None):
+        raise UsageError(
+            f"--prefill-replicas {prefill_replicas} should be replicas of a model: give its PATH"
+        )
     if not upstream and path is None:
         raise UsageError("nothing to serve: give a model's PATH, or servers with --upstream URL")
     hedging = Hedging(hedge_after)
@@ -60,6 +65,12 @@ def route(
     if path is not None:
         source = find_source(path)
         section, name = serve_section(source.run or source.weights), source.name
+    divided = any(flag in options for flag in ("--tensor", "--pipeline"))
+    divided = divided or (section is not None and section.layout.tensor * section.layout.pipeline > 1)
+    if prefill_replicas and divided:
+        raise UsageError(
+            "--prefill-replicas moves blocks between whole models: leave tensor and pipeline at 1"
+        )
     address = host or (section.host if section else "127.0.0.1")
     number = port if port is not None else (section.port if section else 8000)
     if manifest:
@@ -70,7 +81,7 @@ def route(
     behind: Local | Sequence[str] = upstream
     if path is not None:
         arguments = [str(path), "--host", "127.0.0.1", "--port", "0", *options]
-        behind = Local(replicas=replicas or 1, arguments=arguments)
+        behind = Local(replicas=replicas or 1, arguments=arguments, for_prompts=prefill_replicas)
     tls = tls_context(tls_cert, tls_key)
     front = Front(keys=read_keys(keys, os.environ), rates=Rates(requests_per_minute=requests_per_minute))
     guarded = bool(front.keys)

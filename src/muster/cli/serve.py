@@ -28,6 +28,7 @@ def serve(
     follow: bool = False,
     adapter: list[str] | None = None,
     replicas: int | None = None,
+    prefill_replicas: int = 0,
     upstream: list[str] | None = None,
     policy: Literal["prefix", "tokens", "round-robin"] = "prefix",
     hedge_after: str | None = None,
@@ -75,6 +76,8 @@ def serve(
     replicas
         Serve so many processes of the model behind a router, which starts a dead one again and lets another finish its
         answers.
+    prefill_replicas
+        Further replicas that compute long prompts for the others, whose streams then do not wait for them.
     upstream
         Address of a server that runs already, instead of a model: route to it; several times for several. Any
         OpenAI-compatible kind will do.
@@ -124,7 +127,7 @@ def serve(
         if rate is not None and rate < 1:
             raise UsageError(f"--{name}-per-minute {rate} should be at least 1")
     adapters = _named(adapter or ())
-    if replicas is not None or upstream or manifest is not None or path is None:
+    if replicas is not None or prefill_replicas or upstream or manifest is not None or path is None:
         if tokens_per_minute is not None:
             raise UsageError(
                 "--tokens-per-minute is not counted by a router: give it to the servers behind it"
@@ -147,6 +150,7 @@ def serve(
         route(
             path,
             replicas=replicas,
+            prefill_replicas=prefill_replicas,
             upstream=upstream or (),
             policy=policy,
             hedge_after=hedge_after,
@@ -171,6 +175,7 @@ def serve(
     ):  # what it imports takes longest, and goes on beside all that follows
         try:
             from muster.serve.gate import Front
+            from muster.serve.handover import Handover
             from muster.serve.http import build_app
             from muster.serve.keys import read_keys
             from muster.serve.rates import Rates
@@ -188,7 +193,7 @@ def serve(
         section = serve_section(source.run or source.weights)
         tls = tls_context(tls_cert, tls_key)
         rates = Rates(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
-        front = Front(keys=read_keys(keys, os.environ), rates=rates)
+        front = Front(keys=read_keys(keys, os.environ), rates=rates, handover=Handover.given(os.environ))
         address, number = host or section.host, section.port if port is None else port
         # The port first: a taken one is known before minutes of loading.
         with open_log(access_log) as front.log, bind(address, number, guarded=bool(front.keys)) as sock:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from muster.serve import playground
 from muster.serve.failures import RequestError, respond
+from muster.serve.handover import Handover
 from muster.serve.keys import Keys
 from muster.serve.metrics import Metrics
 from muster.serve.protocol import Overloaded
@@ -38,6 +39,8 @@ class Front:
     rates: Rates = field(default_factory=Rates)
     metrics: Metrics = field(default_factory=Metrics)
     log: AccessLog | None = None
+    handover: Handover | None = None
+    """Of a replica that was started by a router."""
     phase: Literal["starting", "ready", "draining"] = "starting"
     """Whether others should send requests here; draining: new ones are refused."""
     check: Callable[[], None] = lambda: None

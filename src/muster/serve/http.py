@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from muster.serve import document, failures, metrics
+from muster.serve import document, failures, handover, metrics
 from muster.serve.answer import Answer, StreamedAnswer
 from muster.serve.body import BodyGuard
 from muster.serve.codec import TextCodec
@@ -94,6 +95,8 @@ def build_app(
         front.rates.use(visit.client.name, prompt_tokens)
 
     async def respond(job: Job, name: str, request: Request) -> Response:
+        if front.handover is not None and (blocks := front.handover.file_of(request)) is not None:
+            return await handover.give(engine, job.requests[0], blocks)
         visit = Visit.of(request.scope)
         charge(job.prompt_tokens, visit)
         answer = Answer(job, engine, codec.decode, name, visit, front.metrics)
@@ -107,6 +110,13 @@ def build_app(
     @app.get(PATH, include_in_schema=False)
     async def page() -> Response:
         return playground()
+
+    @app.post(handover.TAKE, include_in_schema=False)
+    async def take(request: Request) -> Response:
+        blocks = None if front.handover is None else front.handover.file_of(request)
+        if blocks is None:
+            raise HTTPException(404)
+        return await handover.take(engine, blocks)
 
     @app.get("/health", **document.HEALTH)
     async def health() -> Json:

@@ -15,9 +15,11 @@ from muster.serve.engine.batch import Network
 from muster.serve.engine.network import TransformerNetwork
 from muster.serve.engine.part import Part
 from muster.serve.engine.thread import drive
+from muster.serve.engine.transfer import Porter
 from muster.serve.engine.wire import from_outcome
 from muster.serve.folders import find_source, read_spec
 from muster.serve.kernels.ops import choose_kernels
+from muster.serve.kernels.packing import LAYOUT
 from muster.serve.opening import BLOCK_TOKENS, Setup, core_of, with_blocks
 from muster.serve.weights import choose_device, compute_dtype, load_if_there, load_network
 
@@ -59,6 +61,10 @@ def serve(told: dict[str, Any], ahead: ReadAhead, inbox: Inbox, end: End, stack:
     kernels = choose_kernels(compute_dtype(setup.dtype), device)[1]
     end.wire.send({"ready": True, "stats": core.stats(), "kernels": kernels})
     end.ready = True
+    if setup.ranks == 1:
+        from muster.serve.engine.packed_file import source_digest
+
+        end.porter = Porter(core, cache, f"{source_digest(Path(setup.folder))} {setup.dtype} {LAYOUT}")
     if setup.follow is not None:
         from muster.serve.follow import Follower
 

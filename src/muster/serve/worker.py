@@ -6,6 +6,7 @@ does this at once. Imports no torch at the top: while torch is being imported, p
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,6 +28,7 @@ from muster.serve.engine.wire import Wire, to_request
 if TYPE_CHECKING:
     from muster.resilience.budget import Failure
     from muster.serve.engine.others import Others
+    from muster.serve.engine.transfer import Porter
 
 _LOG = logging.getLogger(__name__)
 _KINDS = {2: "UsageError", 3: "DoesNotFit"}
@@ -59,6 +62,13 @@ class End:
         self.others: Others | None = None
         self.ready = False
         """Whether the server has been told that this can generate."""
+        self.porter: Porter | None = None
+
+    def move(self, number: int, path: str, prompt: list[int]) -> None:
+        """Between two steps: move blocks, and say how many that were."""
+        blocks = self.porter.move(Path(path), prompt) if self.porter is not None else 0
+        with contextlib.suppress(OSError):  # the server has gone before
+            self.wire.send({"moved": [number, blocks]})
 
     def by(self, error: Exception) -> NoReturn:
         """Something went wrong here; where that comes of another rank's end, that is said instead."""
@@ -96,6 +106,8 @@ def _listen(messages: Iterator[dict[str, Any]], inbox: Inbox, end: End, told: Fu
         if "setup" in message:
             setup = message["setup"]
             told.set_result((setup, ReadAhead(Path(setup["folder"]), setup["dtype"])))
+        elif "move" in message:
+            inbox.put(partial(end.move, *message["move"]))
         else:
             inbox.put(to_request(message["add"]) if "add" in message else message["cancel"])
     end.leave(0)

@@ -77,7 +77,8 @@ class Core:
         weights_step: int = 0,
         adapters: Sequence[str] = (),
     ) -> None:
-        pool = BlockPool(cache.keys[0].shape[0], cache.block_tokens, prefix_cache=prefix_cache)
+        self.pool = pool = BlockPool(cache.keys[0].shape[0], cache.block_tokens, prefix_cache=prefix_cache)
+        self.streams = streams
         self._scheduler = Scheduler(pool, streams=streams, step_tokens=step_tokens)
         if self._scheduler.capacity_tokens < context_tokens:
             raise ValueError(
@@ -165,6 +166,11 @@ class Core:
         self._runner.renew(network)
         self._roots, self._weights_step = self._rooted(salt), weights_step
         self._scheduler.restart(self._roots)
+
+    @property
+    def root(self) -> Key:
+        """The key before the first block of a sequence without an adapter."""
+        return self._roots[0]
 
     def abandon(self) -> Outcome:
         """End all requests, as the engine is stopping."""

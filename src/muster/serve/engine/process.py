@@ -6,7 +6,9 @@ ends by itself, its requests fail, and it is started again, unless that has happ
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -17,6 +19,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
+from pathlib import Path
 from typing import Any
 
 from muster.errors import DoesNotFit, MusterError, UsageError
@@ -86,6 +90,8 @@ class ProcessEngine:
         self._streams = Streams(waiting_limit, waiting_tokens, waiting_s)
         self._stats = Stats()
         self._closing = False
+        self._moves: dict[int, Future[int]] = {}
+        self._numbers = itertools.count()
         self._ends: deque[float] = deque(maxlen=restarts + 1)
         self._changed = threading.Lock()  # guards which process it is
         self._process, self._wire = self._start(worker or Worker())
@@ -116,6 +122,16 @@ class ProcessEngine:
     def cancel(self, request_id: str) -> None:
         if self._streams.drop(request_id):
             self._send({"cancel": request_id})
+
+    async def move_blocks(self, path: Path, prompt: tuple[int, ...] = ()) -> int:
+        """Give a prompt's blocks to a file or, without one, take those of a file (`engine/transfer.py`): how many."""
+        number, future = next(self._numbers), Future[int]()
+        self._moves[number] = future
+        try:
+            self._send({"move": [number, str(path), prompt]})
+            return await asyncio.wrap_future(future)
+        finally:
+            del self._moves[number]
 
     def stats(self) -> Stats:
         return self._stats
@@ -157,9 +173,14 @@ class ProcessEngine:
                 if "failed" in message:
                     said = message["failed"]
                     continue
+                if "moved" in message:
+                    self._moved(*message["moved"])
+                    continue
                 outcome = to_outcome(message)
                 self._stats = outcome.stats
                 self._streams.deliver(outcome.items, outcome.admitted)
+            for number in list(self._moves):
+                self._moved(number, 0)
             with (
                 self._changed
             ):  # so that whatever is sent goes to the old process and fails, or to the new one
@@ -184,6 +205,11 @@ class ProcessEngine:
                 self._give_up(f"{cause}, and could not be started again: {error}")
                 return
             self._stats = Stats()
+
+    def _moved(self, number: int, blocks: int) -> None:
+        if (future := self._moves.get(number)) is not None:
+            with contextlib.suppress(InvalidStateError):  # whoever asked has gone
+                future.set_result(blocks)
 
     def _give_up(self, cause: str) -> None:
         self.failure = cause

@@ -128,6 +128,8 @@ def figures(fleet: Fleet) -> str:
         "hedges_total": fleet.hedging.hedges,
         "hedge_wins_total": fleet.hedging.wins,
     }
+    if fleet.carrier is not None:
+        totals |= {"handovers_total": fleet.carrier.carried, "failed_handovers_total": fleet.carrier.failed}
     for name, count in totals.items():
         lines += [f"# TYPE muster_router_{name} counter", f"muster_router_{name} {count}"]
     return "\n".join(lines) + "\n"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from muster.serve.router.asked import Asked
 from muster.serve.router.breaker import Breaker, RetryBudget
+from muster.serve.router.handover import Carrier
 from muster.serve.router.hedge import Hedging
 from muster.serve.router.policy import Candidate, Policy, PrefixTable, choose
 from muster.serve.router.rates import Meter, weights
@@ -29,6 +30,8 @@ class Replica:
 
     index: int
     name: str
+    for_prompts: bool = False
+    """Computes others' prompts (`handover.py`); answers only where nobody else is left."""
     upstream: Upstream | None = None
     """None while it is not there."""
     ready: bool = False
@@ -99,9 +102,15 @@ class Attempt:
 class Fleet:
     """All replicas. `policy` chooses among those that are ready."""
 
-    def __init__(self, replicas: Sequence[Replica], policy: Policy, hedging: Hedging | None = None) -> None:
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        policy: Policy,
+        hedging: Hedging | None = None,
+        carrier: Carrier | None = None,
+    ) -> None:
         self.replicas, self.policy = replicas, policy
-        self.hedging = hedging or Hedging()
+        self.hedging, self.carrier = hedging or Hedging(), carrier
         self.budget = RetryBudget()
         self.prefixes = PrefixTable()
         self.failovers = self.retries = 0
@@ -133,6 +142,7 @@ class Fleet:
             for one in self.replicas
             if one.ready and one.breaker.allows(now_s) and (one.relays or not relaying)
         ]
+        able = [one for one in able if not one.for_prompts] or able
         # Where nobody serves the model, whoever is asked says so.
         able = [one for one in able if not one.models or asked.model in one.models] or able
         able = [one for one in able if one.index not in avoided] or able
@@ -146,6 +156,16 @@ class Fleet:
         if self.policy == "prefix":
             self.prefixes.note(asked.keys, chosen)
         return self.replicas[chosen]
+
+    def least_loaded_for_prompts(self, avoided: int) -> Replica | None:
+        """The replica that computes the next prompt for another one."""
+        now_s = time.monotonic()
+        able = [
+            one
+            for one in self.replicas
+            if one.for_prompts and one.ready and one.index != avoided and one.breaker.allows(now_s)
+        ]
+        return min(able, key=lambda one: one.load, default=None)
 
     async def wait(self) -> None:
         """Until something may have changed."""

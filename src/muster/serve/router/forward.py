@@ -18,6 +18,7 @@ from muster.serve.connection import event
 from muster.serve.failures import error_body
 from muster.serve.router.asked import Asked
 from muster.serve.router.fleet import Attempt, Fleet, Replica
+from muster.serve.router.handover import is_worth_it
 from muster.serve.router.hedge import race
 from muster.serve.router.trail import Trail
 from muster.serve.router.upstream import Exchange, Gone, Headers
@@ -71,6 +72,7 @@ async def forward(incoming: Incoming, fleet: Fleet) -> None:
         incoming.trail = Trail(f"{prefix}-{secrets.token_hex(16)}", int(time.time()))
     incoming.until_s = time.monotonic() + WAIT_S
     while True:
+        known = fleet.prefixes.matched(asked.keys) if fleet.carrier is not None else {}
         replica = fleet.choose(asked, incoming.avoided, relaying=incoming.begun)
         if replica is None:
             if time.monotonic() > incoming.until_s:
@@ -78,6 +80,8 @@ async def forward(incoming: Incoming, fleet: Fleet) -> None:
                 return
             await fleet.wait()
             continue
+        if fleet.carrier is not None and is_worth_it(asked, known.get(replica.index, 0.0)):
+            await fleet.carrier.carry(fleet, incoming, replica)
         try:
             with ExitStack() as attempts:
                 if await _attempt(incoming, fleet, replica, attempts):

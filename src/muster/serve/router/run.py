@@ -13,9 +13,11 @@ from functools import partial
 
 from muster.errors import UsageError
 from muster.serve.gate import Front
+from muster.serve.handover import VARIABLE
 from muster.serve.limits import Limits
 from muster.serve.router.app import build_app
 from muster.serve.router.fleet import Fleet, Replica
+from muster.serve.router.handover import Carrier
 from muster.serve.router.hedge import Hedging
 from muster.serve.router.policy import Policy
 from muster.serve.router.probe import watch
@@ -38,6 +40,8 @@ class Local:
 
     replicas: int
     arguments: Sequence[str]
+    for_prompts: int = 0
+    """Replicas besides, which compute long prompts for the others."""
 
 
 class Router:
@@ -55,15 +59,20 @@ class Router:
         self._sock, self._behind = sock, behind
         self._url = url_of(sock, secure=tls is not None)
         front = front or Front()
+        self._carrier: Carrier | None = None
         if isinstance(behind, Local):
-            replicas = [Replica(index, str(index)) for index in range(behind.replicas)]
+            self._carrier = Carrier() if behind.for_prompts else None
+            replicas = [
+                Replica(index, str(index), for_prompts=index >= behind.replicas)
+                for index in range(behind.replicas + behind.for_prompts)
+            ]
         else:
             upstreams = [Upstream(url) for url in behind]
             urls = [upstream.url for upstream in upstreams]
             if twice := {url for url in urls if urls.count(url) > 1}:
                 raise UsageError(f"--upstream {min(twice)} is given twice: give each server once")
-            replicas = [Replica(index, one.url, one) for index, one in enumerate(upstreams)]
-        self.fleet = Fleet(replicas, policy, hedging)
+            replicas = [Replica(index, one.url, upstream=one) for index, one in enumerate(upstreams)]
+        self.fleet = Fleet(replicas, policy, hedging, self._carrier)
         limits = Limits(context_tokens=0, body_bytes=BODY_BYTES)
         app = build_app(self.fleet, front, body_bytes=BODY_BYTES)
         self._server = _Server(app, limits, on_ready=self._on_ready, front=front, tls=tls)
@@ -79,6 +88,8 @@ class Router:
         finally:
             if self._supervisor is not None:
                 self._supervisor.close()
+            if self._carrier is not None:
+                self._carrier.close()
         if self._supervisor is not None and self._supervisor.failure is not None:
             raise self._supervisor.failure
 
@@ -96,8 +107,9 @@ class Router:
                     loop.call_soon_threadsafe(self._told, index, url)
 
             self._supervisor = Supervisor(
-                self._behind.replicas,
+                len(self.fleet.replicas),
                 self._behind.arguments,
+                environment={} if self._carrier is None else {VARIABLE: self._carrier.handover.told},
                 told=told,
                 say=_say,
                 on_failure=self.stop,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from muster.errors import MusterError
 
@@ -30,7 +30,7 @@ Told = Callable[[int, str | None], None]
 
 
 class Supervisor:
-    """Runs `muster serve ARGUMENTS` as often as there are `replicas`.
+    """Runs `muster serve ARGUMENTS` as often as there are `replicas`, with `environment` besides our own.
 
     The first is started alone, as it may have to make what the others find: packed weights, compiled kernels. When it
     ends before it was ready, so does everything: `failure` says why, and `on_failure` is called. Callbacks come from
@@ -42,11 +42,13 @@ class Supervisor:
         replicas: int,
         arguments: Sequence[str],
         *,
+        environment: Mapping[str, str],
         told: Told,
         say: Callable[[str], None],
         on_failure: Callable[[], None],
     ) -> None:
         self._arguments, self._told, self._say, self._on_failure = arguments, told, say, on_failure
+        self._environment = {**os.environ, **environment}
         self.failure: MusterError | None = None
         self._closing = threading.Event()
         self._first_ready = threading.Event()
@@ -134,6 +136,7 @@ class Supervisor:
                     command,
                     pass_fds=[theirs],
                     stdin=subprocess.DEVNULL,
+                    env=self._environment,
                     stdout=subprocess.PIPE,
                     text=True,
                     start_new_session=True,

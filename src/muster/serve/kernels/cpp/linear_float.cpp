@@ -35,14 +35,7 @@ static void linear(const uint32_t* x, const uint32_t* weight, const float* bias,
 #pragma GCC unroll 16
           for (int r = 0; r < ROWS; r++)
             sums[r][v] = bias ? _mm512_loadu_ps(bias + panel * PANEL + 16 * v) : _mm512_setzero_ps();
-        // Few rows wait for memory, and the processor does not look as far ahead as it could.
-        constexpr int64_t AHEAD = 16 * PANEL, STEP = 16;
-        for (int64_t u = 0; u < units; u += STEP) {
-          const int64_t n = std::min(STEP, units - u);
-          for (int64_t line = 0; line < 2 * n; line++)
-            _mm_prefetch(reinterpret_cast<const char*>(w + u * PANEL + AHEAD + line * 16), _MM_HINT_T0);
-          product<T, ROWS, 2>(x + row * units + u * ROWS, 1, ROWS, w + u * PANEL, PANEL, n, sums);
-        }
+        product<T, ROWS, 2>(x + row * units, 1, ROWS, w, PANEL, units, sums);
 #pragma GCC unroll 16
         for (int v = 0; v < 2; v++)
 #pragma GCC unroll 16

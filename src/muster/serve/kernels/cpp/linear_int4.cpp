@@ -35,6 +35,7 @@ extern "C" void muster_linear_int4(const void* x, const uint8_t* weight, const b
           for (int64_t i = g * group; i < (g + 1) * group; i += 8) {
             const uint8_t* at = w + i * (PANEL / 2);
             const __m512i b0 = _mm512_loadu_si512(at), b1 = _mm512_loadu_si512(at + 64);
+            // With more to compute than in the other formats, the processor does not look as far ahead as it could.
             _mm_prefetch(reinterpret_cast<const char*>(at + 4096), _MM_HINT_T0);
             _mm_prefetch(reinterpret_cast<const char*>(at + 4096 + 64), _MM_HINT_T0);
             const __m512i low0 = _mm512_and_si512(b0, low_half), low1 = _mm512_and_si512(b1, low_half);

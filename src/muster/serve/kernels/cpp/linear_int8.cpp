@@ -27,9 +27,6 @@ extern "C" void muster_linear_int8(const void* x, const uint8_t* weight, const f
         for (int64_t i = 0; i < padded; i += 4) {
           const uint8_t* at = w + i * PANEL;
           const __m512i w0 = _mm512_loadu_si512(at), w1 = _mm512_loadu_si512(at + 64);
-          // The processor does not look as far ahead as it could, and a few rows wait for memory only.
-          _mm_prefetch(reinterpret_cast<const char*>(at + 4096), _MM_HINT_T0);
-          _mm_prefetch(reinterpret_cast<const char*>(at + 4096 + 64), _MM_HINT_T0);
 #pragma GCC unroll 16
           for (int r = 0; r < ROWS; r++) {
             const __m512i same = _mm512_set1_epi32(unit_at(tokens + i / 4 * ROWS + r));

@@ -62,7 +62,7 @@ def refusal(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
         ({"logit_bias": {"a": 1}}, "logit_bias.a.[key]", "match pattern"),
         ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
         ({"frequency_penalty": "x"}, "frequency_penalty", "valid number"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty", "greater than or equal to 0.01"),
         ({"min_p": 1.5}, "min_p", "less than or equal to 1"),
         ({"guided_regex": "[a"}, "guided_regex", "the regex guide is not valid"),
         ({"guided_choice": []}, "guided_choice", "at least 1 item"),

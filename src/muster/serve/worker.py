@@ -92,10 +92,13 @@ class End:
 
 
 def _listen(messages: Iterator[dict[str, Any]], inbox: Inbox, end: End, told: Future[Told]) -> None:
+    ahead: ReadAhead | None = None
     for message in messages:
-        if "setup" in message:
+        if "ahead" in message:
+            ahead = ReadAhead(Path(message["ahead"]), message["format"])
+        elif "setup" in message:
             setup = message["setup"]
-            told.set_result((setup, ReadAhead(Path(setup["folder"]), setup["dtype"])))
+            told.set_result((setup, ahead or ReadAhead(Path(setup["folder"]), setup["dtype"])))
         else:
             inbox.put(to_request(message["add"]) if "add" in message else message["cancel"])
     end.leave(0)

@@ -67,6 +67,7 @@ def refusal(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
         ({"guided_regex": "[a"}, "guided_regex", "the regex guide is not valid"),
         ({"guided_choice": []}, "guided_choice", "at least 1 item"),
         ({"guided_json": {"type": "nonsense"}}, "guided_json", "Invalid type: nonsense"),
+        ({"guided_json": {"$ref": "#"}}, "guided_json", "the json guide is not valid"),
         ({"structured_outputs": {"regex": "(b"}}, "structured_outputs.regex", "not valid"),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_regex", "contradict each other"),
         ({"best_of": 3}, "best_of", "not supported"),

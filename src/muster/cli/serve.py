@@ -169,10 +169,12 @@ def serve(
         from muster.serve.engine.process import ProcessEngine, Worker
     except ModuleNotFoundError as error:
         raise _missing(error) from None
-    with (
-        _stoppable(),
-        Worker() as worker,
-    ):  # what it imports takes longest, and goes on beside all that follows
+    # What the engine's process imports takes longest, and goes on beside all that follows.
+    with _stoppable(), Worker() as worker:
+        from muster.serve.folders import find_source, serve_section
+
+        source = find_source(path, on_damaged=_complain)
+        worker.read_ahead(source.weights, dtype)
         try:
             from muster.serve.gate import Front
             from muster.serve.handover import Handover
@@ -183,13 +185,11 @@ def serve(
         except ModuleNotFoundError as error:
             raise _missing(error) from None
         from muster.observe.format import count
-        from muster.serve.folders import find_source, serve_section
         from muster.serve.limits import Limits
         from muster.serve.tls import tls_context
         from muster.serve.visit import open_log
         from muster.serve.warmup import warm_up
 
-        source = find_source(path, on_damaged=_complain)
         section = serve_section(source.run or source.weights)
         tls = tls_context(tls_cert, tls_key)
         rates = Rates(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)

@@ -77,6 +77,7 @@ class Guides:
         except ValueError as error:  # llguidance's, of broken JSON
             raise UsageError(f"the {guide.kind} guide is not valid: {error}") from None
         matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        matcher.compute_bitmask()  # says of some only now that no text can ever match, as of {"$ref": "#"}
         if matcher.is_error():
             raise UsageError(f"the {guide.kind} guide is not valid: {_first_line(matcher.get_error())}")
         return Matcher(matcher)

@@ -86,7 +86,8 @@ class SamplingFields(Body):
     """By token id, as in OpenAI's API."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """Extension, as the next one."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    """Logits are divided by it: by next to nothing, they would overflow."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     """Extension in vLLM's words, as the three older ones that follow."""

@@ -102,10 +102,13 @@ class End:
 
 
 def _listen(messages: Iterator[dict[str, Any]], inbox: Inbox, end: End, told: Future[Told]) -> None:
+    ahead: ReadAhead | None = None
     for message in messages:
-        if "setup" in message:
+        if "ahead" in message:
+            ahead = ReadAhead(Path(message["ahead"]), message["format"])
+        elif "setup" in message:
             setup = message["setup"]
-            told.set_result((setup, ReadAhead(Path(setup["folder"]), setup["dtype"])))
+            told.set_result((setup, ahead or ReadAhead(Path(setup["folder"]), setup["dtype"])))
         elif "move" in message:
             inbox.put(partial(end.move, *message["move"]))
         else:

@@ -54,6 +54,18 @@ class Worker:
             )
         self.wire = Wire(here)
 
+    def read_ahead(self, weights: Path, format: str) -> None:
+        """Have it begin to read what it is likely to serve."""
+        self._send({"ahead": str(weights), "format": format})
+
+    def make(self, setup: dict[str, Any]) -> None:
+        """Have it make an engine."""
+        self._send({"setup": setup})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # it has ended already, as whoever waits for it will hear
+            self.wire.send(message)
+
     def __enter__(self) -> Worker:
         return self
 
@@ -145,8 +157,7 @@ class ProcessEngine:
         self._process.wait()
 
     def _start(self, worker: Worker) -> tuple[subprocess.Popen[bytes], Wire]:
-        with contextlib.suppress(OSError):  # it has ended already, as `_greet` will say
-            worker.wire.send({"setup": self._setup})
+        worker.make(self._setup)
         return worker.process, worker.wire
 
     def _greet(self, messages: Iterator[dict[str, Any]]) -> None:

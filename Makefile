@@ -38,6 +38,7 @@ bench: setup
 	$(BIN)/python benchmarks/serve_cpu.py --json benchmarks/results/serve_cpu.json
 	$(BIN)/python benchmarks/serve_cpu.py --prefix --shapes m160 --formats int8 int4 --rounds 1 --json benchmarks/results/serve_prefix.json
 	$(BIN)/python benchmarks/serve_front_cpu.py --json benchmarks/results/serve_front_cpu.json
+	$(BIN)/python benchmarks/serve_router_cpu.py --json benchmarks/results/serve_router.json
 	$(BIN)/python benchmarks/checkpoint_cpu.py --json benchmarks/results/checkpoint_cpu.json
 	$(BIN)/python benchmarks/faults.py --full --json benchmarks/results/faults.json
 	$(BIN)/python benchmarks/faults_groups.py --json benchmarks/results/faults_groups.json

@@ -79,41 +79,62 @@ def lines(figures: Mapping[str, Any]) -> list[str]:
     return said
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panel:
+    """One curve in a frame that begins at 0."""
+
+    title: str
+    points: Sequence[tuple[float, float]]
+    mark: float | None = None
+    """Where something happened."""
+
+
 def picture(outcomes: Sequence[Outcome]) -> str:
     """SVG: which share of the answers began, and went on, within which time."""
     good = [outcome for outcome in outcomes if outcome.succeeded]
     curves = {
-        "time to first token": [outcome.ttft_s for outcome in good],
-        "time per output token": [outcome.tpot_s for outcome in good if outcome.output_tokens > 1],
+        "time to first token, ms": [outcome.ttft_s for outcome in good],
+        "time per output token, ms": [outcome.tpot_s for outcome in good if outcome.output_tokens > 1],
     }
-    panels = [_panel(at, title, values) for at, (title, values) in enumerate(curves.items()) if values]
-    body = "\n".join(panels)
+    return drawn([Panel(title=title, points=_shares(values)) for title, values in curves.items() if values])
+
+
+def drawn(panels: Sequence[Panel]) -> str:
+    """SVG of some panels beside one another, each 260 x 160 in a frame of 340 x 240."""
+    body = "\n".join(_panel(at, panel) for at, panel in enumerate(panels))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {len(panels) * 340} 240" '
         f'font-family="sans-serif" font-size="12">\n{body}\n</svg>\n'
     )
 
 
-def _panel(at: int, title: str, values: Sequence[float]) -> str:
-    """The cumulative distribution of `values` in seconds, 260 x 160 in a frame of 340 x 240."""
+def _shares(values: Sequence[float]) -> list[tuple[float, float]]:
+    """The cumulative distribution of values in seconds: (ms, share of them within that)."""
+    ordered = sorted(values)
+    return [(0.0, 0.0), *((value * 1e3, rank / len(ordered)) for rank, value in enumerate(ordered, 1))]
+
+
+def _panel(at: int, panel: Panel) -> str:
     left, top, width, height = at * 340 + 50, 30, 260, 160
-    ordered = np.sort(np.asarray(values)) * 1e3
-    most = float(ordered[-1]) or 1.0
-    shares = np.arange(1, len(ordered) + 1) / len(ordered)
+    most = max(x for x, _ in panel.points) or 1.0
+    highest = max(y for _, y in panel.points) or 1.0
     points = " ".join(
-        f"{left + width * x / most:.1f},{top + height * (1 - y):.1f}"
-        for x, y in zip(ordered, shares, strict=True)
+        f"{left + width * x / most:.1f},{top + height * (1 - y / highest):.1f}" for x, y in panel.points
     )
     ticks = "".join(
         f'<text x="{left + width * share:.0f}" y="{top + height + 18}" text-anchor="middle">{most * share:.3g}</text>'
         for share in (0, 0.5, 1)
     )
+    mark = ""
+    if panel.mark is not None:
+        x = left + width * panel.mark / most
+        mark = f'<path d="M {x:.1f} {top} v {height}" stroke="#c22" stroke-dasharray="4 3"/>'
     return (
-        f'<text x="{left}" y="20">{title}, ms</text>'
+        f'<text x="{left}" y="20">{panel.title}</text>'
         f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#999"/>'
-        f'<text x="{left - 8}" y="{top + 8}" text-anchor="end">1</text>'
-        f'<text x="{left - 8}" y="{top + height}" text-anchor="end">0</text>{ticks}'
-        f'<polyline points="{left},{top + height} {points}" fill="none" stroke="#0a6" stroke-width="2"/>'
+        f'<text x="{left - 8}" y="{top + 8}" text-anchor="end">{highest:.3g}</text>'
+        f'<text x="{left - 8}" y="{top + height}" text-anchor="end">0</text>{ticks}{mark}'
+        f'<polyline points="{points}" fill="none" stroke="#0a6" stroke-width="2"/>'
     )
 
 

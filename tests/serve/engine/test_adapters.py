@@ -163,7 +163,7 @@ def divided(case: Adapted, tensor: int, pipeline: int) -> dict[str, list[list[in
     with join():
         grid, orders = Grid(tensor, pipeline), Orders()
         part = Part.of(read_spec(case.folder), grid.rank, tensor=tensor, pipeline=pipeline)
-        own = load_network(case.folder, "fp32", part, grid.total, case.adapters)
+        own = load_network(case.folder, "fp32", part, grid.total, adapters=case.adapters)
         cache = own.new_cache(60, 8)
         if grid.rank:
             follow(own, cache, grid, orders, lambda _: own)

@@ -29,8 +29,13 @@ from muster.model.transformer import Transformer
 from muster.serve.engine.network import TransformerNetwork
 from muster.serve.engine.packed import pack_model
 from muster.serve.kernels.ops import choose_kernels
+from muster.serve.opening import COMPUTE_BYTES, token_bytes
 
-FORMATS = (("fp32", None), ("bf16", None), ("int8", None), ("int4", None), ("int4", "int4"))
+FORMATS: tuple[tuple[str, str | None, str | None], ...] = (
+    ("fp32", None, None), ("fp32", None, "int8"), ("bf16", None, None), ("bf16", None, "int8"), ("int8", None, None),
+    ("int8", None, "int8"), ("int4", None, None), ("int4", None, "int8"), ("int4", "int4", None),
+)  # fmt: skip
+"""Of the weights, of the head where it differs, and of keys and values where that is not the activations'."""
 
 
 def main() -> None:
@@ -61,11 +66,13 @@ def main() -> None:
     print(
         f"{len(exact)} tokens, {trained.model.spec.parameters() / 1e6:.1f} M parameters, vocabulary {exact.shape[1]}"
     )
-    print(f"{'':10}{'format':>10}{'KL nats':>12}{'later half':>12}{'same choice':>13}{'loss':>8}")
+    print(f"{'':10}{'format':>13}{'KL nats':>12}{'later half':>12}{'same choice':>13}{'loss':>8}")
     rows = []
-    for format, head in FORMATS:
-        scores = serving_scores(trained.model, format, head, chunks)
-        rows.append({"side": "ours", "format": format if head is None else f"{format}/{head}"})
+    for format, head, kv in FORMATS:
+        scores = serving_scores(trained.model, format, head, kv, chunks)
+        name = (format if head is None else f"{format}/{head}") + ("" if kv is None else f" kv {kv}")
+        bytes_of_token = token_bytes(trained.model.spec, COMPUTE_BYTES[format], kv)
+        rows.append({"side": "ours", "format": name, "kv_token_bytes": bytes_of_token})
         rows[-1] |= compare(scores, exact, chunks)
         tell(rows[-1])
     folder = arguments.run / "hf"
@@ -91,17 +98,18 @@ def main() -> None:
 
 
 def tell(row: dict[str, Any]) -> None:
-    late = f"{row['side']:10}{row['format']:>10}{row.get('kl', float('nan')):12.6f}{row['kl_late']:12.6f}"
+    late = f"{row['side']:10}{row['format']:>13}{row.get('kl', float('nan')):12.6f}{row['kl_late']:12.6f}"
     rest = f"{row['same_choice']:13.2%}{row['loss']:8.4f}" if "loss" in row else ""
+    rest += f"{row['kv_token_bytes']:10,} bytes of keys and values a token" if "kv_token_bytes" in row else ""
     print(late + rest, flush=True)
 
 
-def serving_scores(model: Transformer, format: Any, head: Any, chunks: torch.Tensor) -> torch.Tensor:
+def serving_scores(model: Transformer, format: Any, head: Any, kv: Any, chunks: torch.Tensor) -> torch.Tensor:
     """Log-probabilities (N, V) that the serving network gives."""
     kernels, _ = choose_kernels(torch.float32 if format == "fp32" else torch.bfloat16)
     network = TransformerNetwork(pack_model(model, format, head=head), kernels)
     pages = -(-chunks.shape[1] // BLOCK_TOKENS)
-    cache, table = network.new_cache(pages, BLOCK_TOKENS), torch.arange(pages)[None]
+    cache, table = network.new_cache(pages, BLOCK_TOKENS, kv), torch.arange(pages)[None]
     found = []
     for chunk in chunks:
         batch = new_tokens(chunk, 0, table)

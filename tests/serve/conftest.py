@@ -26,6 +26,7 @@ from muster.serve.engine.network import TransformerNetwork
 from muster.serve.engine.thread import ThreadEngine
 from muster.serve.gate import Front
 from muster.serve.http import build_app
+from muster.serve.kernels.shape import KV
 from muster.serve.limits import Limits
 from muster.serve.protocol import Engine, Request, Token
 from muster.serve.server import Server, bind, url_of
@@ -104,13 +105,14 @@ def core_of(
     step_tokens: int = 64,
     block_tokens: int = 8,
     blocks: int | None = None,
+    kv: KV | None = None,
     **options: Any,
 ) -> Core:
     """A core around a model; room for `streams` whole contexts, if not told otherwise."""
     context = model.spec.context
     room = streams * -(-context // block_tokens) + 1
     network, _ = TransformerNetwork.of(model, "fp32")
-    cache = network.new_cache(blocks or min(room, 8000), block_tokens)
+    cache = network.new_cache(blocks or min(room, 8000), block_tokens, kv)
     capacity = (cache.keys[0].shape[0] - 1) * block_tokens
     return Core(
         network,

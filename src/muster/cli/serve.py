@@ -22,6 +22,7 @@ def serve(
     streams: int | None = None,
     context: int | None = None,
     dtype: Literal["bf16", "fp32", "int8", "int4"] = "bf16",
+    kv: Literal["int8"] | None = None,
     draft: str | None = None,
     tensor: int | None = None,
     pipeline: int | None = None,
@@ -61,6 +62,9 @@ def serve(
         Longest sequence in tokens, prompt and completion together. Default: the model's.
     dtype
         Format of the weights. int8 and int4 are made from the model's at the first start, and kept in its folder.
+    kv
+        Format of keys and values in the cache: int8 holds almost twice as many tokens in the same memory. Default: the
+        run file's serve.kv, else bf16 (fp32 with --dtype fp32).
     draft
         A smaller model with the same tokenizer that guesses ahead, or `ngram` for guesses from the text itself. Used
         while it is measured to be faster; the answers stay the same.
@@ -138,6 +142,7 @@ def serve(
             "--streams": streams,
             "--context": context,
             "--dtype": dtype,
+            "--kv": kv,
             "--draft": draft,
             "--tensor": tensor,
             "--pipeline": pipeline,
@@ -206,6 +211,7 @@ def serve(
                 context_tokens=context,
                 own_process=True,
                 worker=worker,
+                kv=kv or section.kv,
                 draft=draft,
                 tensor=tensor or section.layout.tensor,
                 pipeline=pipeline or section.layout.pipeline,
@@ -228,6 +234,7 @@ def serve(
                     sys.stdout.write(
                         f"layout  tensor {model.tensor} x pipeline {model.pipeline}: {ranks} ranks\n"
                     )
+                sys.stdout.write(f"cache   {model.cache}\n")
                 for one in model.adapters:
                     size = f"rank {one.rank}, {count(one.parameters)} parameters"
                     sys.stdout.write(f"adapter {one.name}: {size}\n")

@@ -308,6 +308,8 @@ class Serve:
     """Ranks that the model is divided over: {tensor: 2, pipeline: 2}."""
     follow: Flag = False
     """Take up newer checkpoints of the run while serving, without dropping a request."""
+    kv: Literal["int8"] | None = None
+    """Format of keys and values in the cache. Default: that of the activations, bf16 or fp32."""
     adapters: dict[str, str] | None = None
     """LoRA adapters in PEFT's layout that requests may name as their model: {NAME: FOLDER}. Default: none."""
 

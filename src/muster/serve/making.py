@@ -50,7 +50,7 @@ def serve(told: dict[str, Any], ahead: ReadAhead, inbox: Inbox, end: End, stack:
             return load_network(Path(folder), setup.dtype, read=ahead, device=device, adapters=setup.adapters)
 
     setup, own = _loaded(setup, load, orders)
-    cache = own.new_cache(setup.blocks, BLOCK_TOKENS)
+    cache = own.new_cache(setup.blocks, BLOCK_TOKENS, setup.kv)
     parallel: ParallelNetwork | None = None
     network: Network = own
     if orders is not None:
@@ -90,7 +90,7 @@ def run_rank(told: str) -> None:
         own: TransformerNetwork | None = None
         while own is None:
             own = load_together(orders, load, may_go=setup.follow is not None)
-        follow(own, own.new_cache(setup.blocks, BLOCK_TOKENS), grid, orders, load)
+        follow(own, own.new_cache(setup.blocks, BLOCK_TOKENS, setup.kv), grid, orders, load)
 
 
 def _place(setup: Setup) -> tuple[Grid, Orders, Load]:

@@ -18,8 +18,6 @@ from muster.serve.guide import guides_of
 from muster.serve.protocol import Engine
 
 if TYPE_CHECKING:
-    import torch
-
     from muster.serve.adapters import Adapter
     from muster.serve.codec import TextCodec
     from muster.serve.engine.batch import Network, PagedCache
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     from muster.serve.engine.process import Worker
     from muster.serve.engine.speculation import Drafter, ModelDrafter
     from muster.serve.kernels.packing import Format
+    from muster.serve.kernels.shape import KV
 # torch is imported where a network is made, and tokenizers where text is: the server and its engine each do without
 # the other's, which would take most of a start.
 
@@ -39,6 +38,9 @@ BLOCK_TOKENS = 16
 STEP_TOKENS = 256
 """Tokens computed in one step at most: the longest delay of the others' next token, and enough rows for a matrix
 product at full speed."""
+
+COMPUTE_BYTES: Mapping[Format, int] = {"fp32": 4, "bf16": 2, "int8": 2, "int4": 2}
+"""Of a number that a network computes with, by the format of its weights."""
 
 CACHE_SHARE = 0.5
 """Of the free memory, what the key-value cache takes at most."""
@@ -67,6 +69,8 @@ class Opened:
     pipeline: int = 1
     """Ranks that the model is divided over."""
     adapters: Sequence[Adapter] = ()
+    cache: str = ""
+    """What the key-value cache holds, in words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +99,8 @@ class Setup:
     """The folder of a run whose newer checkpoints are taken up; None for none."""
     adapters: Mapping[str, str] = field(default_factory=dict)
     """Folders by name."""
+    kv: KV | None = None
+    """Format of keys and values in the cache; None for that of the activations."""
 
     @property
     def ranks(self) -> int:
@@ -115,13 +121,14 @@ def open_model(
     follow: bool = False,
     waiting_s: float = WAITING_S,
     adapters: Mapping[str, str] = MappingProxyType({}),
+    kv: KV | None = None,
 ) -> Opened:
     """Load a model and start its engine: on a thread of this process, or in its own, and there over several ranks.
 
     `context_tokens` shortens the model's own context. `draft` is `ngram`, or the path of a smaller model with the
     same tokenizer: its guesses at next tokens are used where that is measured to be faster. `worker` is the process of
-    the engine, begun earlier. `adapters` are folders by name. Raises UsageError for folders that cannot be served and
-    DoesNotFit when the key-value cache of one sequence exceeds the free memory.
+    the engine, begun earlier. `adapters` are folders by name. `kv` is the format of keys and values. Raises UsageError
+    for folders that cannot be served and DoesNotFit when the key-value cache of one sequence exceeds the free memory.
     """
     from muster.serve.codec import TextCodec
 
@@ -150,6 +157,7 @@ def open_model(
         step=source.step,
         follow=str(source.run) if follow else None,
         adapters=dict(adapters),
+        kv=kv,
     )
     engine, kernels = _start(setup, own_process, worker, waiting_s)
     return Opened(
@@ -166,6 +174,7 @@ def open_model(
         tensor=tensor,
         pipeline=pipeline,
         adapters=added,
+        cache=_cache_in_words(engine.stats().blocks * BLOCK_TOKENS, spec, setup),
     )
 
 
@@ -238,7 +247,7 @@ def build_core(setup: Setup) -> Core:
     setup = with_blocks(setup)
     device = choose_device(setup.ranks)
     network = load_network(Path(setup.folder), setup.dtype, device=device, adapters=setup.adapters)
-    return core_of(setup, network, network.new_cache(setup.blocks, BLOCK_TOKENS))
+    return core_of(setup, network, network.new_cache(setup.blocks, BLOCK_TOKENS, setup.kv))
 
 
 def with_blocks(setup: Setup) -> Setup:
@@ -294,32 +303,49 @@ def _model_drafter(folder: Path, setup: Setup) -> ModelDrafter:
             f"that are served: use --context {spec.context}"
         )
     network = load_network(folder, setup.dtype, device=choose_device(setup.ranks))
-    cache = network.new_cache(count_blocks(spec, setup), BLOCK_TOKENS)
+    cache = network.new_cache(count_blocks(spec, setup), BLOCK_TOKENS, setup.kv)
     return ModelDrafter(network, cache, vocab=setup.vocab, step_tokens=STEP_TOKENS)
 
 
 def count_blocks(spec: TransformerSpec, setup: Setup) -> int:
     """Blocks of a model's cache that there is room for now, where it computes."""
-    from muster.serve.weights import choose_device, compute_dtype, free_memory
+    from muster.serve.weights import choose_device, free_memory
 
-    free_bytes = free_memory(choose_device(setup.ranks))
-    return cache_blocks(spec, compute_dtype(setup.dtype), setup.streams, setup.context_tokens, free_bytes)
+    one_bytes = token_bytes(spec, COMPUTE_BYTES[setup.dtype], setup.kv)
+    return cache_blocks(
+        one_bytes, setup.streams, setup.context_tokens, free_memory(choose_device(setup.ranks))
+    )
 
 
-def cache_blocks(
-    spec: TransformerSpec, dtype: torch.dtype, streams: int, context_tokens: int, free_bytes: int
-) -> int:
+def token_bytes(spec: TransformerSpec, number_bytes: int, kv: KV | None = None) -> int:
+    """What the cache holds of one token: in each layer a key and a value of each kv head."""
+    from muster.serve.kernels.shape import row_bytes
+
+    return 2 * spec.layers * spec.kv_heads * row_bytes(spec.head_dim, number_bytes, kv)
+
+
+def _cache_in_words(tokens: int, spec: TransformerSpec, setup: Setup) -> str:
+    number_bytes = COMPUTE_BYTES[setup.dtype]
+    each, plain = (token_bytes(spec, number_bytes, kv) for kv in (setup.kv, None))
+    words = f"{tokens:,} tokens, {tokens * each / 1e6:,.1f} MB"
+    if setup.kv is None:
+        return words
+    as_activations = "fp32" if number_bytes == 4 else "bf16"
+    return f"{words}: in {setup.kv} {plain / each:.2f} times as many as in {as_activations}"
+
+
+def cache_blocks(token_bytes: int, streams: int, context_tokens: int, free_bytes: int) -> int:
     """Blocks of the key-value cache: every stream's whole context, if half of the free memory holds it.
 
     With less, streams that grow long take turns. Raises DoesNotFit when not even one sequence fits.
     """
-    token_bytes = 2 * spec.layers * spec.kv_heads * spec.head_dim * dtype.itemsize
     one = -(-context_tokens // BLOCK_TOKENS)
     affordable = int(CACHE_SHARE * free_bytes) // (token_bytes * BLOCK_TOKENS)
     if affordable < one + 1:
         raise DoesNotFit(
             f"a sequence of {context_tokens} tokens needs a KV cache of {context_tokens * token_bytes / 1e9:.1f} GB, "
-            f"but {free_bytes / 1e9:.1f} GB are free, of which it may take {CACHE_SHARE:.0%}: lower --context"
+            f"but {free_bytes / 1e9:.1f} GB are free, of which it may take {CACHE_SHARE:.0%}: lower --context, or use "
+            f"--kv int8"
         )
     return min(streams * one + 1, affordable)
 

@@ -54,7 +54,7 @@ class Adaptation:
         return AdaptedLinear(base, added)
 
     def _added(self, adapter: Adapter, fused: Mapping[str, int]) -> Linear:
-        """x (n, K) to B A x (n, N), fp32."""
+        """x (n, K) to B A x (n, N)."""
         pairs = {name: self._own(name, *adapter.pairs[name]) for name in fused if name in adapter.pairs}
         a = torch.cat([a for a, _ in pairs.values()])  # (R, K)
         b = torch.zeros(sum(fused.values()), len(a))  # (N, R)
@@ -67,7 +67,7 @@ class Adaptation:
             row += features
         format: Format = "fp32" if self._kernels.compute == torch.float32 else "bf16"
         inner = self._kernels.linear(quantize(a, None, format), self._kernels.compute)
-        outer = self._kernels.linear(quantize(b, None, format), torch.float32)
+        outer = self._kernels.linear(quantize(b, None, format), self._kernels.compute)
         return lambda x: outer(inner(x))
 
     def _own(self, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ class PagedCache:
     """Keys and values of all layers in blocks of equally many tokens (PagedAttention, Kwon et al. 2023)."""
 
     keys: tuple[Tensor, ...]
-    """One a layer: (blocks, K, block_tokens, D)."""
+    """One a layer: (blocks, K, block_tokens, D); or D + 4 where it is int8 (`kernels/pages.py`)."""
     values: tuple[Tensor, ...]
 
     @property

@@ -24,14 +24,16 @@ _WARM_UP_STEPS = 2
 
 
 class GraphedNetwork(TransformerNetwork):
-    """A network on a GPU. Prompts are computed as elsewhere, and experts: what they launch depends on the tokens."""
+    """A network on a GPU. Prompts are computed as elsewhere, as are experts, adapters and int8 pages: what they
+    launch depends on the tokens, or is not Triton's."""
 
     _recorded: dict[int, Recorded] | None = None
 
     @torch.inference_mode()
     def logits(self, batch: Batch, cache: PagedCache) -> Tensor:
         size = next((size for size in SIZES if size >= len(batch.lengths)), None)
-        if size is None or not batch.decodes or self.spec.experts or self.device.type != "cuda":
+        static = self.device.type == "cuda" and not self.spec.experts and cache.keys[0].dtype == self.compute
+        if size is None or not static or not batch.decodes:
             return super().logits(batch, cache)
         if self._recorded is None:
             self._recorded = {}

@@ -26,7 +26,7 @@ from muster.serve.engine.hugepages import huge_bytes
 from muster.serve.engine.packed import PackedModel, pack_model
 from muster.serve.kernels.ops import Kernels, choose_kernels
 from muster.serve.kernels.packing import Format
-from muster.serve.kernels.shape import Heads, QKNorm, Rotation
+from muster.serve.kernels.shape import KV, Heads, QKNorm, Rotation, row_bytes
 
 Total = Callable[[Tensor], Tensor]
 """The sum of x over the ranks that a layer is divided over."""
@@ -68,14 +68,16 @@ class TransformerNetwork:
         kernels, reason = choose_kernels(torch.float32 if format == "fp32" else torch.bfloat16, device)
         return cls(pack_model(model, format), kernels), reason
 
-    def new_cache(self, blocks: int, block_tokens: int) -> PagedCache:
-        """An empty cache of the type that this network writes."""
-        shape = (blocks, self.spec.kv_heads, block_tokens, self.spec.head_dim)
+    def new_cache(self, blocks: int, block_tokens: int, kv: KV | None = None) -> PagedCache:
+        """An empty cache for this network, in a format."""
+        dtype = self.compute if kv is None else torch.int8
+        row = row_bytes(self.spec.head_dim, self.compute.itemsize, kv) // dtype.itemsize
+        shape = (blocks, self.spec.kv_heads, block_tokens, row)
 
         def pages() -> Tensor:
             if self.device.type != "cpu":
-                return torch.zeros(shape, dtype=self.compute, device=self.device)
-            return huge_bytes(math.prod(shape) * self.compute.itemsize).view(self.compute).view(shape)
+                return torch.zeros(shape, dtype=dtype, device=self.device)
+            return huge_bytes(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
         keys, values = (tuple(pages() for _ in self._layers) for _ in range(2))
         return PagedCache(keys=keys, values=values)

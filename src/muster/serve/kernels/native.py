@@ -14,7 +14,7 @@ from torch import Tensor
 
 from muster.serve.engine.batch import Batch, PagedCache
 from muster.serve.kernels.packing import IN_UNIT, Weights, pack
-from muster.serve.kernels.shape import Heads, QKNorm, Rotation
+from muster.serve.kernels.shape import SCALE_BYTES, Heads, QKNorm, Rotation
 
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _SIGNATURES = {
@@ -23,8 +23,8 @@ _SIGNATURES = {
     "linear_int4": [_P] * 5 + [_I] * 8,
     "add_norm": [_P] * 4 + [_I] * 2 + [_D] + [_I] * 2,
     "swiglu": [_P] * 2 + [_I] * 4,
-    "rotate_store": [_P] * 5 + [_D] + [_P] * 3 + [_I] * 7,
-    "attend": [_P] * 7 + [_I] * 9,
+    "rotate_store": [_P] * 5 + [_D] + [_P] * 3 + [_I] * 8,
+    "attend": [_P] * 7 + [_I] * 10,
     "check_batch": [_P] * 6 + [_I] * 7,
 }
 _BROKEN_RULES = (
@@ -147,6 +147,7 @@ class Native:
             qkv.data_ptr(), _pointer(cos), _pointer(sin), _pointer(q), _pointer(k),
             norm.eps if norm else 0.0, slots.data_ptr(), keys.data_ptr(), values.data_ptr(), len(qkv), heads.heads,
             heads.kv_heads, heads.dim, keys.shape[2], torch.get_num_threads(), qkv.dtype == torch.bfloat16,
+            keys.dtype == torch.int8,
         )  # fmt: skip
 
     def attend(self, qkv: Tensor, heads: Heads, batch: Batch, keys: Tensor, values: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ class Native:
             qkv.data_ptr(), batch.starts.data_ptr(), batch.lengths.data_ptr(), batch.table.data_ptr(),
             keys.data_ptr(), values.data_ptr(), out.data_ptr(), len(batch.lengths), heads.heads, heads.kv_heads,
             heads.dim, keys.shape[2], batch.table.shape[1], heads.window or 0, torch.get_num_threads(),
-            qkv.dtype == torch.bfloat16,
+            qkv.dtype == torch.bfloat16, keys.dtype == torch.int8,
         )  # fmt: skip
         return out
 
@@ -199,8 +200,12 @@ def _checked_fp32(tensor: Tensor, width: int) -> None:
 
 def _checked_pages(qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor) -> None:
     _checked(qkv, (heads.heads + 2 * heads.kv_heads) * heads.dim, exact=True)
-    if keys.shape[1] != heads.kv_heads or keys.shape[3] != heads.dim or heads.dim % 2:
+    row = heads.dim + (SCALE_BYTES if keys.dtype == torch.int8 else 0)
+    if keys.shape[1] != heads.kv_heads or keys.shape[3] != row or heads.dim % 2:
         raise TypeError(f"pages of shape {tuple(keys.shape)} are not those of {heads}")
     for pages in (keys, values):
-        if pages.dtype != qkv.dtype or pages.shape != keys.shape or not pages.is_contiguous():
-            raise TypeError(f"pages must be contiguous, of one shape, and {qkv.dtype} like the activations")
+        fits = pages.dtype == keys.dtype in (qkv.dtype, torch.int8) and pages.shape == keys.shape
+        if not fits or not pages.is_contiguous():
+            raise TypeError(
+                f"pages must be contiguous, of one shape, and int8 or {qkv.dtype} like the activations"
+            )

@@ -13,6 +13,7 @@ from muster.model.attend import visible
 from muster.model.rope import rotate
 from muster.serve.engine.batch import Batch, PagedCache
 from muster.serve.kernels.packing import Weights, mixed, stored_floats, unpack
+from muster.serve.kernels.pages import from_rows, to_rows
 from muster.serve.kernels.shape import Heads, QKNorm, Rotation
 
 
@@ -73,7 +74,7 @@ class Reference:
         keys: Tensor, values: Tensor,
     ) -> None:  # fmt: skip
         """Norm and rotate the queries of qkv (N, (H + 2 K) D) in place, and the keys, which with the values go to
-        `slots` (N,) of a layer's pages (blocks, K, block_tokens, D)."""
+        `slots` (N,) of a layer's pages (blocks, K, block_tokens, D), or D + 4 where these are int8 (`pages.py`)."""
         q, k, v = (
             part.view(len(qkv), -1, heads.dim)  # (N, heads, D)
             for part in torch.split(
@@ -89,7 +90,10 @@ class Reference:
             turned_q, turned_k = rotate(turned_q, cos, sin), rotate(turned_k, cos, sin)
         q.copy_(turned_q)
         block, offset = slots // keys.shape[2], slots % keys.shape[2]
-        keys[block, :, offset] = turned_k.to(keys.dtype)
+        k = turned_k.to(qkv.dtype)
+        if keys.dtype == torch.int8:
+            k, v = to_rows(k), to_rows(v)
+        keys[block, :, offset] = k
         values[block, :, offset] = v
 
     def attend(self, qkv: Tensor, heads: Heads, batch: Batch, keys: Tensor, values: Tensor) -> Tensor:
@@ -121,6 +125,9 @@ def _attend_padded(
     used = -(-int(lengths.max()) // keys.shape[2])
     # (S, P, K, block_tokens, D) -> (S, K, P * block_tokens, D)
     k, v = (pages[table[:, :used]].transpose(1, 2).flatten(2, 3) for pages in (keys, values))
+    computed = q.dtype
+    if keys.dtype == torch.int8:
+        k, v, q = from_rows(k), from_rows(v), q.float()
     position = torch.arange(k.shape[2], device=q.device)
     queries = lengths[:, None] - T + torch.arange(T, device=q.device)  # (S, T)
     seen = visible(queries, position, heads.window)  # (S, T, P * block_tokens)
@@ -130,4 +137,4 @@ def _attend_padded(
     # The query heads of a kv head are rows: SDPA's own grouping is ten times as slow on a CPU.
     rows = q.permute(0, 2, 3, 1, 4).reshape(S, K, G * T, D)
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen.repeat(1, G, 1)[:, None])
-    return out.view(S, K, G, T, D).permute(0, 3, 1, 2, 4)
+    return out.view(S, K, G, T, D).permute(0, 3, 1, 2, 4).to(computed)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,5 +34,16 @@ class QKNorm:
     eps: float
 
 
-Rotation = tuple[Tensor, Tensor]
+KV = Literal["int8"]
+"""A format of keys and values other than that of the activations."""
+
+SCALE_BYTES = 4
+
+
+def row_bytes(dim: int, number_bytes: int, kv: KV | None) -> int:
+    """Of one token's key or value of one head, in the cache's pages."""
+    return dim * number_bytes if kv is None else dim + SCALE_BYTES
+
+
+Rotation = tuple["Tensor", "Tensor"]
 """Cosines and sines (N, D) fp32 of the new tokens; the halves of D are the same."""

@@ -47,6 +47,8 @@ class Triton(Reference):
         self, qkv: Tensor, heads: Heads, rotation: Rotation | None, norm: QKNorm | None, slots: Tensor,
         keys: Tensor, values: Tensor,
     ) -> None:  # fmt: skip
+        if keys.dtype == torch.int8:
+            return super().rotate_store(qkv, heads, rotation, norm, slots, keys, values)
         cos, sin = (qkv, qkv) if rotation is None else rotation
         q_norm, k_norm, eps = (qkv, qkv, 0.0) if norm is None else (norm.q, norm.k, norm.eps)
         columns = heads.heads + 2 * heads.kv_heads
@@ -57,7 +59,7 @@ class Triton(Reference):
 
     def attend(self, qkv: Tensor, heads: Heads, batch: Batch, keys: Tensor, values: Tensor) -> Tensor:
         """Of single tokens by FlashDecoding (Dao et al. 2023): parts of a sequence's keys at once, then their sum."""
-        if len(batch.tokens) > len(batch.lengths):
+        if len(batch.tokens) > len(batch.lengths) or keys.dtype == torch.int8:
             return super().attend(qkv, heads, batch, keys, values)
         sequences, dim = len(batch.lengths), heads.dim
         wanted = triton.cdiv(_PROGRAMS, sequences * heads.kv_heads)

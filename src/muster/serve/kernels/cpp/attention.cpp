@@ -5,9 +5,13 @@
 //
 // Blocks begin at multiples of 64 of a sequence's positions and a masked key adds an exact zero, so a token's result
 // is the same bits whatever tile, chunk or batch it is computed in.
+//
+// T is what is computed in, S what the pages hold: the same, or int8 rows (`pages.h`). Whole numbers up to 127 are exact
+// in either T; a key's scale goes into its scores, a value's into the weights that it is multiplied with.
 #include <cmath>
 #include <limits>
 
+#include "pages.h"
 #include "parallel.h"
 #include "product.h"
 
@@ -56,26 +60,27 @@ void transpose(__m512i (&r)[16]) {
 }
 
 // Where the keys and values of 64 positions lie.
-template <class T>
+template <class S>
 struct Rows {
-  const T *keys[KEYS], *values[KEYS];
+  const S *keys[KEYS], *values[KEYS];
 };
 
 // Finds the rows of positions `from` on. What lies behind `end` is `nothing`, since what a page holds there may be no
 // number.
-template <class T>
-void find_rows(Rows<T>& rows, int64_t from, const Tile& tile, const Shape& shape, const T* keys, const T* values,
-               const T* nothing) {
+template <class S>
+void find_rows(Rows<S>& rows, int64_t from, const Tile& tile, const Shape& shape, const S* keys, const S* values,
+               const S* nothing) {
+  const int64_t row = row_numbers<S>(shape.dim);
   const int64_t end = tile.end();
   int64_t k = 0;
   while (k < KEYS && from + k < end) {
     const int64_t page = (from + k) / shape.block_tokens, offset = (from + k) % shape.block_tokens;
     const int64_t count = std::min({shape.block_tokens - offset, KEYS - k, end - from - k});
     const int64_t at =
-        ((tile.blocks[page] * shape.kv_heads + tile.kv_head) * shape.block_tokens + offset) * shape.dim;
+        ((tile.blocks[page] * shape.kv_heads + tile.kv_head) * shape.block_tokens + offset) * row;
     for (int64_t i = 0; i < count; i++, k++) {
-      rows.keys[k] = keys + at + i * shape.dim;
-      rows.values[k] = values + at + i * shape.dim;
+      rows.keys[k] = keys + at + i * row;
+      rows.values[k] = values + at + i * row;
     }
   }
   for (; k < KEYS; k++) rows.keys[k] = rows.values[k] = nothing;
@@ -83,24 +88,22 @@ void find_rows(Rows<T>& rows, int64_t from, const Tile& tile, const Shape& shape
 
 // Has memory bring a row that the next block will need. Done row by row while this block is worked on: all at once,
 // they would wait for each other.
-template <class T>
-void fetch(const T* row, int64_t dim) {
-  for (int64_t line = 0; line < dim * static_cast<int64_t>(sizeof(T)); line += 64)
+template <class S>
+void fetch(const S* row, int64_t dim) {
+  for (int64_t line = 0; line < row_numbers<S>(dim) * static_cast<int64_t>(sizeof(S)); line += 64)
     _mm_prefetch(reinterpret_cast<const char*>(row) + line, _MM_HINT_T0);
 }
 
 // `count` of 64 rows of keys to [unit of D][64].
-template <class T>
-void turn_keys(const T* const* rows, const T* const* next, uint32_t* turned, int64_t dim, int64_t count) {
+template <class T, class S>
+void turn_keys(const S* const* rows, const S* const* next, uint32_t* turned, int64_t dim, int64_t count) {
   const int64_t units = dim / in_unit<T>;
   for (int64_t k = 0; k < KEYS; k += 16) {
     for (int i = 0; i < 16; i++) fetch(next[k + i], dim);
     if (k >= count) continue;
     for (int64_t u = 0; u < units; u += 16) {
-      const __mmask16 lanes = first(units - u);
       __m512i block[16];
-      for (int i = 0; i < 16; i++)
-        block[i] = _mm512_maskz_loadu_epi32(lanes, reinterpret_cast<const uint32_t*>(rows[k + i]) + u);
+      for (int i = 0; i < 16; i++) block[i] = load_units<T>(rows[k + i], u, units - u);
       transpose(block);
       for (int64_t i = 0; i < std::min<int64_t>(16, units - u); i++)
         _mm512_storeu_si512(turned + (u + i) * KEYS + k, block[i]);
@@ -109,27 +112,18 @@ void turn_keys(const T* const* rows, const T* const* next, uint32_t* turned, int
 }
 
 // `count` of 64 rows of values to [unit of keys][padded]: for bf16, neighbouring keys' values side by side.
-void pair_values(const float* const* rows, const float* const* next, uint32_t* paired, int64_t dim, int64_t padded,
+template <class T, class S>
+void pair_values(const S* const* rows, const S* const* next, uint32_t* paired, int64_t dim, int64_t padded,
                  int64_t count) {
-  for (int64_t k = 0; k < KEYS; k++) {
-    fetch(next[k], dim);
-    if (k >= count) continue;
-    for (int64_t d = 0; d < padded; d += 16)
-      _mm512_storeu_ps(paired + k * padded + d, load(rows[k] + d, first(dim - d)));
-  }
-}
-
-void pair_values(const bfloat16* const* rows, const bfloat16* const* next, uint32_t* paired, int64_t dim,
-                 int64_t padded, int64_t count) {
-  for (int64_t k = 0; k < KEYS; k += 2) {
-    fetch(next[k], dim);
-    fetch(next[k + 1], dim);
+  for (int64_t k = 0; k < KEYS; k += in_unit<T>) {
+    for (int64_t i = 0; i < in_unit<T>; i++) fetch(next[k + i], dim);
     if (k >= count) continue;
     for (int64_t d = 0; d < padded; d += 16) {
       const __mmask16 lanes = first(dim - d);
-      const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, rows[k] + d));
-      const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, rows[k + 1] + d));
-      _mm512_storeu_si512(paired + k / 2 * padded + d, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      __m512i unit = load_bits<T>(rows[k] + d, lanes);
+      if constexpr (in_unit<T> == 2)
+        unit = _mm512_or_si512(unit, _mm512_slli_epi32(load_bits<T>(rows[k + 1] + d, lanes), 16));
+      _mm512_storeu_si512(paired + k / in_unit<T> * padded + d, unit);
     }
   }
 }
@@ -160,9 +154,10 @@ void multiply(const uint32_t* a, int64_t a_step, const uint32_t* b, int64_t unit
 }
 
 // Scores of one row to weights in place (as T), for keys from `from` on, of which those in [oldest, newest] are seen.
-// Returns what the sums so far are to be multiplied with.
+// Returns what the sums so far are to be multiplied with. `scales` are those of 64 keys, then of their values, if any.
 template <class T>
-float soften(float* scores, float scale, int64_t from, int64_t oldest, int64_t newest, float& most, float& total) {
+float soften(float* scores, float scale, const float* scales, int64_t from, int64_t oldest, int64_t newest, float& most,
+             float& total) {
   __m512 score[KEYS / 16];
   __mmask16 seen[KEYS / 16];
   __m512 top = _mm512_set1_ps(most);
@@ -170,6 +165,7 @@ float soften(float* scores, float scale, int64_t from, int64_t oldest, int64_t n
     const int64_t key = from + 16 * v;
     seen[v] = first(newest + 1 - key) & ~first(oldest - key);
     score[v] = _mm512_mul_ps(_mm512_loadu_ps(scores + 16 * v), _mm512_set1_ps(scale));
+    if (scales) score[v] = _mm512_mul_ps(score[v], _mm512_loadu_ps(scales + 16 * v));
     top = _mm512_mask_max_ps(top, seen[v], top, score[v]);
   }
   const float now = _mm512_reduce_max_ps(top);
@@ -178,6 +174,7 @@ float soften(float* scores, float scale, int64_t from, int64_t oldest, int64_t n
     const __m512 weight = exponential(_mm512_sub_ps(score[v], _mm512_set1_ps(now)));
     score[v] = _mm512_maskz_mov_ps(seen[v], weight);
     sum = _mm512_add_ps(sum, score[v]);
+    if (scales) score[v] = _mm512_maskz_mul_ps(seen[v], score[v], _mm512_loadu_ps(scales + KEYS + 16 * v));
   }
   for (int v = 0; v < KEYS / 16; v++) store(reinterpret_cast<T*>(scores) + 16 * v, score[v]);
   const float shrink = now == most ? 1.f : _mm512_cvtss_f32(exponential(_mm512_set1_ps(most - now)));
@@ -186,17 +183,18 @@ float soften(float* scores, float scale, int64_t from, int64_t oldest, int64_t n
   return shrink;
 }
 
-template <class T>
-void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const T* keys, const T* values, T* out) {
+template <class T, class S>
+void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const S* keys, const S* values, T* out) {
   const int64_t group = shape.group(), dim = shape.dim, rows = tile.tokens * group;
   const int64_t units = dim / in_unit<T>, padded = (dim + 15) / 16 * 16;
   static thread_local std::vector<uint32_t> kept_keys, kept_values;
   static thread_local std::vector<float> kept_scores, kept_sums;
-  static thread_local std::vector<T> kept_queries, nothing;
+  static thread_local std::vector<T> kept_queries;
+  static thread_local std::vector<S> nothing;
   uint32_t *turned = scratch(kept_keys, units * KEYS), *paired = scratch(kept_values, KEYS * padded);
   float *scores = scratch(kept_scores, rows * KEYS), *sums = scratch(kept_sums, rows * padded);
   T* queries = scratch(kept_queries, rows * dim);
-  nothing.resize(dim);  // zeros
+  nothing.resize(row_numbers<S>(dim));  // zeros
   std::vector<float> most(rows, NOTHING), total(rows, 0.f);
   std::fill(sums, sums + rows * padded, 0.f);
   for (int64_t t = 0; t < tile.tokens; t++)
@@ -204,24 +202,30 @@ void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const T* ke
                 qkv + (tile.token + t) * shape.row_numbers() + tile.kv_head * group * dim, group * dim * sizeof(T));
   const float scale = 1.f / std::sqrt(static_cast<float>(dim));
   const int64_t begin = tile.begin(shape.window);
-  Rows<T> rows_now, rows_next;
+  Rows<S> rows_now, rows_next;
+  alignas(64) float kept_scales[2 * KEYS];
+  const float* scales = std::is_same_v<S, int8_t> ? kept_scales : nullptr;
   find_rows(rows_next, begin, tile, shape, keys, values, nothing.data());
   for (int64_t from = begin; from < tile.end(); from += KEYS) {
     const int64_t count = std::min(KEYS, (tile.end() - from + 15) / 16 * 16);
     rows_now = rows_next;
     find_rows(rows_next, from + KEYS, tile, shape, keys, values, nothing.data());
-    turn_keys(rows_now.keys, rows_next.keys, turned, dim, count);
+    for (int64_t k = 0; scales && k < KEYS; k++) {
+      kept_scales[k] = scale_of(rows_now.keys[k], dim);
+      kept_scales[KEYS + k] = scale_of(rows_now.values[k], dim);
+    }
+    turn_keys<T>(rows_now.keys, rows_next.keys, turned, dim, count);
     multiply<T>(reinterpret_cast<const uint32_t*>(queries), units, turned, units, scores, rows, count, KEYS,
                 false);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t newest = tile.position + r / group, oldest = shape.window ? newest - shape.window + 1 : 0;
-      const float shrink = soften<T>(scores + r * KEYS, scale, from, oldest, newest, most[r], total[r]);
+      const float shrink = soften<T>(scores + r * KEYS, scale, scales, from, oldest, newest, most[r], total[r]);
       if (shrink != 1.f)
         for (int64_t d = 0; d < padded; d += 16)
           _mm512_storeu_ps(sums + r * padded + d,
                            _mm512_mul_ps(_mm512_loadu_ps(sums + r * padded + d), _mm512_set1_ps(shrink)));
     }
-    pair_values(rows_now.values, rows_next.values, paired, dim, padded, count);
+    pair_values<T>(rows_now.values, rows_next.values, paired, dim, padded, count);
     multiply<T>(reinterpret_cast<const uint32_t*>(scores), KEYS, paired, count / in_unit<T>, sums, rows, padded,
                 padded, true);
   }
@@ -246,9 +250,9 @@ std::vector<Tile> tiles_of(const Shape& shape, const int64_t* starts, const int6
   return tiles;
 }
 
-template <class T>
-void attend(const T* qkv, const int64_t* starts, const int64_t* lengths, const int64_t* table, const T* keys,
-            const T* values, T* out, int64_t sequences, const Shape& shape, int64_t threads) {
+template <class T, class S>
+void attend(const T* qkv, const int64_t* starts, const int64_t* lengths, const int64_t* table, const S* keys,
+            const S* values, T* out, int64_t sequences, const Shape& shape, int64_t threads) {
   const std::vector<Tile> tiles = tiles_of(shape, starts, lengths, table, sequences);
   parallel_for(tiles.size(), 1, threads, [&](int64_t i) { attend_tile(tiles[i], shape, qkv, keys, values, out); });
 }
@@ -258,12 +262,10 @@ void attend(const T* qkv, const int64_t* starts, const int64_t* lengths, const i
 extern "C" void muster_attend(const void* qkv, const int64_t* starts, const int64_t* lengths, const int64_t* table,
                               const void* keys, const void* values, void* out, int64_t sequences, int64_t heads,
                               int64_t kv_heads, int64_t dim, int64_t block_tokens, int64_t table_width, int64_t window,
-                              int64_t threads, int64_t narrow) {
+                              int64_t threads, int64_t narrow, int64_t quantized) {
   const Shape shape{heads, kv_heads, dim, block_tokens, table_width, window};
-  auto run = [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    attend(static_cast<const T*>(qkv), starts, lengths, table, static_cast<const T*>(keys),
-           static_cast<const T*>(values), static_cast<T*>(out), sequences, shape, threads);
-  };
-  narrow ? run(static_cast<bfloat16*>(out)) : run(static_cast<float*>(out));
+  with_types(narrow, quantized, [&]<class T, class S>() {
+    attend(static_cast<const T*>(qkv), starts, lengths, table, static_cast<const S*>(keys),
+           static_cast<const S*>(values), static_cast<T*>(out), sequences, shape, threads);
+  });
 }

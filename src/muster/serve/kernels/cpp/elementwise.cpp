@@ -2,8 +2,8 @@
 // pages. Rows are tokens; sums are in fp32 whatever the type.
 #include <cmath>
 
+#include "pages.h"
 #include "parallel.h"
-#include "vector.h"
 
 // Below this many numbers, waking another core takes longer than the work.
 constexpr int64_t WORTH_SHARING = 1 << 15;
@@ -79,9 +79,9 @@ static void turn(T* head, int64_t dim, const float* weight, float eps, const flo
 
 // Queries of qkv (rows, (H + 2 K) D) are turned where they lie; keys are turned and, like values, put at their slots
 // of the pages (blocks, K, block_tokens, D).
-template <class T>
+template <class T, class S>
 static void rotate_store(T* qkv, const float* cos, const float* sin, const float* q_weight, const float* k_weight,
-                         float eps, const int64_t* slots, T* keys, T* values, int64_t rows, int64_t heads,
+                         float eps, const int64_t* slots, S* keys, S* values, int64_t rows, int64_t heads,
                          int64_t kv_heads, int64_t dim, int64_t block_tokens, int64_t threads) {
   const int64_t width = (heads + 2 * kv_heads) * dim;
   parallel_for(rows, 4, rows * width > WORTH_SHARING ? threads : 1, [&](int64_t row) {
@@ -92,9 +92,9 @@ static void rotate_store(T* qkv, const float* cos, const float* sin, const float
         turn(token + h * dim, dim, h < heads ? q_weight : k_weight, eps, c, s);
     const int64_t block = slots[row] / block_tokens, offset = slots[row] % block_tokens;
     for (int64_t h = 0; h < kv_heads; h++) {
-      const int64_t to = ((block * kv_heads + h) * block_tokens + offset) * dim;
-      std::memcpy(keys + to, token + (heads + h) * dim, dim * sizeof(T));
-      std::memcpy(values + to, token + (heads + kv_heads + h) * dim, dim * sizeof(T));
+      const int64_t to = ((block * kv_heads + h) * block_tokens + offset) * row_numbers<S>(dim);
+      put_row(token + (heads + h) * dim, keys + to, dim);
+      put_row(token + (heads + kv_heads + h) * dim, values + to, dim);
     }
   });
 }
@@ -119,12 +119,11 @@ void muster_swiglu(const void* gate_up, void* out, int64_t rows, int64_t width, 
 
 void muster_rotate_store(void* qkv, const float* cos, const float* sin, const float* q_weight, const float* k_weight,
                          double eps, const int64_t* slots, void* keys, void* values, int64_t rows, int64_t heads,
-                         int64_t kv_heads, int64_t dim, int64_t block_tokens, int64_t threads, int64_t narrow) {
-  auto run = [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+                         int64_t kv_heads, int64_t dim, int64_t block_tokens, int64_t threads, int64_t narrow,
+                         int64_t quantized) {
+  with_types(narrow, quantized, [&]<class T, class S>() {
     rotate_store(static_cast<T*>(qkv), cos, sin, q_weight, k_weight, static_cast<float>(eps), slots,
-                 static_cast<T*>(keys), static_cast<T*>(values), rows, heads, kv_heads, dim, block_tokens, threads);
-  };
-  narrow ? run(static_cast<bfloat16*>(qkv)) : run(static_cast<float*>(qkv));
+                 static_cast<S*>(keys), static_cast<S*>(values), rows, heads, kv_heads, dim, block_tokens, threads);
+  });
 }
 }

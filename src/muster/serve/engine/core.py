@@ -11,44 +11,26 @@ import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from muster.errors import UsageError
-from muster.serve.adjust import Adjustment, adjust
+from muster.serve.adjust import Adjustment
 from muster.serve.crossing import Outcome
 from muster.serve.engine.batch import Network, NetworkLost, PagedCache
 from muster.serve.engine.blocks import BlockPool, Key, root
+from muster.serve.engine.drawing import Live, accepted, draw
 from muster.serve.engine.runner import Runner
 from muster.serve.engine.scheduler import Scheduler, Work
 from muster.serve.engine.sequence import Sequence as Scheduled
 from muster.serve.engine.speculation import Asked, Drafter, Gain
 from muster.serve.guide import Guides, Matcher
-from muster.serve.protocol import EngineError, FinishReason, Request, Stats, Token
-from muster.serve.sampler import sample, top_logprobs
+from muster.serve.protocol import EngineError, Request, Stats, Token
 
 _LOG = logging.getLogger(__name__)
 
 _NOT_FINITE = "the model's output is not finite (nan or inf): its weights may be damaged"
-
-
-@dataclass(slots=True, eq=False)
-class _Live:
-    """An accepted request."""
-
-    request: Request
-    sequence: Scheduled
-    seed: int
-    adjustment: Adjustment | None
-    matcher: Matcher | None
-    guessed: bool
-    """Whether its next tokens may be guessed."""
-
-    @property
-    def generated(self) -> int:
-        return len(self.sequence.tokens) - self.sequence.prompt_tokens
 
 
 class Core:
@@ -92,7 +74,7 @@ class Core:
         self._guides = guides
         self._drafter, self._gain = drafter, None if always_draft else Gain()
         self._drafted = self._accepted_tokens = 0
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self._embeds = 0
         """Requests for embeddings among them."""
         self._arrivals = 0
@@ -126,7 +108,7 @@ class Core:
         )
         self._arrivals += 1
         self._embeds += request.embed
-        self._live[request.id] = _Live(
+        self._live[request.id] = Live(
             request,
             sequence,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
@@ -286,7 +268,7 @@ class Core:
 
     def _settle(self, works: Sequence[Work], logits: Tensor) -> None:
         """Draw, count, and hand out, from logits (W, V)."""
-        drawing: list[tuple[Work, _Live]] = []
+        drawing: list[tuple[Work, Live]] = []
         for work in works:
             if work.start < work.sequence.prompt_tokens:
                 self._prompt_tokens += min(work.stop, work.sequence.prompt_tokens) - work.start
@@ -304,19 +286,14 @@ class Core:
             for ahead in range(len(work.draft)):
                 owners.append(live)
                 positions.append(generated + 1 + ahead)
-        raw = self._raw(owners, logits)
-        lost = self._adjust(owners, logits)
-        ids, sound = sample(
-            logits, [live.request.params for live in owners], [live.seed for live in owners], positions
-        )
-        all_sound = all(sound)
-        sound.append(False)  # where looking for one ends
-        logprobs = self._logprobs(owners, raw, ids)
+        drawn = draw(owners, positions, logits)
+        all_sound = all(drawn.sound)
+        sound = [*drawn.sound, False]  # where looking for one ends
         row = 0
         for work, live in drawing:
             first, row = row, row + 1 + len(work.draft)
-            if live in lost:
-                self._end(live, lost[live])
+            if live in drawn.lost:
+                self._end(live, drawn.lost[live])
                 continue
             rows = range(first, row if all_sound else min(row, sound.index(False, first)))
             if not rows and work.draft:  # a wrong guess may be what is not finite: the next step goes without
@@ -326,7 +303,7 @@ class Core:
                 self._end(live, EngineError(_NOT_FINITE), damaged=True)
                 continue
             live.sequence.sound = True
-            tokens = self._accepted(live, work, rows, ids, logprobs)
+            tokens = accepted(live, work, rows, drawn)
             self._generated += len(tokens)
             self._drafted += len(work.draft)
             self._accepted_tokens += len(tokens) - 1
@@ -338,67 +315,16 @@ class Core:
             if tokens[-1].finish_reason is not None:
                 self._forget(live)
 
-    def _accepted(
-        self, live: _Live, work: Work, rows: Sequence[int], ids: Sequence[int], logprobs: dict[int, Logprob]
-    ) -> list[Token]:
-        """A work's new tokens: as long as what was drawn is what had been guessed, the next row counts too."""
-        params = live.request.params
-        left = params.max_tokens - live.generated
-        tokens: list[Token] = []
-        for row in rows:
-            id, left = ids[row], left - 1
-            reason: FinishReason | None = "length" if left == 0 else None
-            if live.matcher is not None:
-                live.matcher.push(id)
-            if id in params.stop_ids or (live.matcher is not None and live.matcher.ended):
-                reason = "stop"
-            logprob, top = logprobs.get(row, (None, ()))
-            tokens.append(Token(id=id, logprob=logprob, top_logprobs=top, finish_reason=reason))
-            if reason is not None or len(tokens) > len(work.draft) or id != work.draft[len(tokens) - 1]:
-                break
-        return tokens
-
-    def _raw(self, owners: Sequence[_Live], logits: Tensor) -> tuple[list[int], Tensor]:
-        """Rows whose log-probabilities are asked for, as they are before anything changes them."""
-        asked = [row for row, live in enumerate(owners) if live.request.params.logprobs is not None]
-        return asked, logits[asked]
-
-    def _logprobs(
-        self, owners: Sequence[_Live], raw: tuple[list[int], Tensor], ids: Sequence[int]
-    ) -> dict[int, Logprob]:
-        asked, logits = raw
-        if not asked:
-            return {}
-        counts = [owners[row].request.params.logprobs or 0 for row in asked]
-        return dict(zip(asked, top_logprobs(logits, [ids[row] for row in asked], counts), strict=True))
-
-    def _adjust(self, owners: Sequence[_Live], logits: Tensor) -> dict[_Live, EngineError]:
-        """What the requests change about logits (W, V), in place; and those whose guide has failed."""
-        adjusted = [(row, live.adjustment) for row, live in enumerate(owners) if live.adjustment is not None]
-        if adjusted:
-            adjust(logits, [row for row, _ in adjusted], [one for _, one in adjusted])
-        lost = {}
-        for row, live in enumerate(owners):
-            if live.matcher is not None:
-                try:
-                    live.matcher.forbid(logits[row])
-                except ValueError as error:
-                    lost[live] = EngineError(f"the text cannot be continued as asked for: {error}")
-        return lost
-
-    def _of(self, work: Work) -> _Live:
+    def _of(self, work: Work) -> Live:
         return self._live[work.sequence.id]
 
-    def _end(self, live: _Live, error: EngineError, *, damaged: bool = False) -> None:
+    def _end(self, live: Live, error: EngineError, *, damaged: bool = False) -> None:
         self._outcome.items.append((live.request.id, error))
         self._forget(live, damaged=damaged)
 
-    def _forget(self, live: _Live, *, damaged: bool = False) -> None:
+    def _forget(self, live: Live, *, damaged: bool = False) -> None:
         del self._live[live.request.id]
         self._embeds -= live.request.embed
         self._scheduler.remove(live.sequence, damaged=damaged)
         if self._drafter is not None:
             self._drafter.forget(live.request.id)
-
-
-Logprob = tuple[float | None, tuple[tuple[int, float], ...]]

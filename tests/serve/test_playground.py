@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,12 @@ import pytest
 
 from muster.data.tokenizer import Tokenizer
 from muster.serve.codec import TextCodec
+from muster.serve.crossing import Stream
 from muster.serve.gate import Front
 from muster.serve.http import build_app
 from muster.serve.keys import Client, Keys
 from muster.serve.limits import Limits
-from muster.serve.protocol import Request, Stats, Token
+from muster.serve.protocol import FinishReason, Request, Stats, Token
 from muster.serve.router.app import build_app as build_router
 from muster.serve.router.fleet import Fleet, Replica
 from muster.serve.server import Server, bind, url_of
@@ -35,12 +36,12 @@ class Parrot:
     def __init__(self, says: str) -> None:
         self._ids = Tokenizer.byte().encode(says)
 
-    async def _tokens(self) -> AsyncIterator[Token]:
-        for place, id in enumerate(self._ids, 1):
-            yield Token(id=id, finish_reason="length" if place == len(self._ids) else None)
-
-    def submit(self, request: Request) -> AsyncIterator[Token]:
-        return self._tokens()
+    def submit(self, request: Request) -> Stream:
+        stream = Stream(request)
+        reasons: list[FinishReason | None] = [*[None] * (len(self._ids) - 1), "length"]
+        tokens = [Token(id=id, finish_reason=reason) for id, reason in zip(self._ids, reasons, strict=True)]
+        stream.loop.call_soon(stream.put, tokens)
+        return stream
 
     def check(self) -> None: ...
     def cancel(self, request_id: str) -> None: ...

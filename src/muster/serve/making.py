@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from muster.errors import UsageError
 from muster.serve.crossing import Inbox, Outcome
 from muster.serve.engine.batch import Network
 from muster.serve.engine.network import TransformerNetwork
@@ -21,7 +22,7 @@ from muster.serve.folders import find_source, read_spec
 from muster.serve.kernels.ops import choose_kernels
 from muster.serve.kernels.packing import LAYOUT
 from muster.serve.opening import BLOCK_TOKENS, Setup, core_of, with_blocks
-from muster.serve.weights import choose_device, compute_dtype, load_if_there, load_network
+from muster.serve.weights import choose_device, compute_dtype, digest_of, load_if_there, load_network
 
 if TYPE_CHECKING:
     from muster.serve.engine.packed_bytes import ReadAhead
@@ -62,9 +63,8 @@ def serve(told: dict[str, Any], ahead: ReadAhead, inbox: Inbox, end: End, stack:
     end.wire.send({"ready": True, "stats": core.stats(), "kernels": kernels})
     end.ready = True
     if setup.ranks == 1:
-        from muster.serve.engine.packed_file import source_digest
-
-        end.porter = Porter(core, cache, f"{source_digest(Path(setup.folder))} {setup.dtype} {LAYOUT}")
+        with suppress(UsageError, OSError):  # a checkpoint that the training it follows has deleted meanwhile
+            end.porter = Porter(core, cache, f"{digest_of(Path(setup.folder))} {setup.dtype} {LAYOUT}")
     if setup.follow is not None:
         from muster.serve.follow import Follower
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -9,6 +10,7 @@ from types import MappingProxyType
 import psutil
 import torch
 
+from muster.checkpoint import manifest
 from muster.model import folder as hf
 from muster.model.transformer import Value
 from muster.serve.adapters import read_adapters
@@ -16,7 +18,7 @@ from muster.serve.engine.graphs import GraphedNetwork
 from muster.serve.engine.network import Total, TransformerNetwork, same
 from muster.serve.engine.packed import pack_model
 from muster.serve.engine.packed_bytes import read_bytes
-from muster.serve.engine.packed_file import Read, open_packed
+from muster.serve.engine.packed_file import Read, open_packed, source_digest
 from muster.serve.engine.part import Part, load_part
 from muster.serve.folders import is_checkpoint, is_whole, read_spec
 from muster.serve.kernels.ops import choose_kernels
@@ -57,6 +59,13 @@ def load_network(
         packed = pack_model(model, format, part=part, packed=on_cpu)
     added = read_adapters(adapters, packed.part.whole)
     return (TransformerNetwork if on_cpu else GraphedNetwork)(packed, kernels, total, added)
+
+
+def digest_of(folder: Path) -> str:
+    """What tells the weights in a folder from any others. UsageError or OSError where they are gone."""
+    if is_checkpoint(folder):
+        return hashlib.sha256((folder / manifest.NAME).read_bytes()).hexdigest()
+    return source_digest(folder)
 
 
 def load_if_there(

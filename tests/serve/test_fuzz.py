@@ -18,6 +18,9 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
+
+# What it imports when it is used would be compiled beside threads that change the recursion limit: Python 3.11 fails.
+import schemathesis.specs.openapi.adapter.v2
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (

@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Two, however many cores: tests/conftest.py says which tests share one.
-WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test setup test-long bench lint types readme lock clean
 
@@ -12,10 +10,10 @@ demo: setup
 	@$(BIN)/python recipes/demo.py
 
 test: setup lint types
-	$(BIN)/python -m pytest $(WORKERS)
+	$(BIN)/python -m pytest
 
 test-long: setup
-	$(BIN)/python -m pytest $(WORKERS) -m "long or not long"
+	$(BIN)/python -m pytest -m "long or not long"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -9,7 +9,6 @@ import pickle
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,23 +31,9 @@ _PRELOAD = [
     "muster.train.entry",
 ]
 _DEADLINE_S = 120.0
-_LANES = dict.fromkeys(("chaos", "e2e", "ranks", "resilience"), "training") | {"serve": "serving"}
-"""Of folders whose tests start processes: those of one lane never run at the same time."""
 
 RunRanks = Callable[..., list[Any]]
 Muster = Callable[..., tuple[int, str, str]]
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cheap tests first, a file at a time. Then, where there are two workers (`make test`), one of them serves
-    while the other trains: most of those tests wait for processes, but two sets of ranks would wait for cores.
-    """
-    files = {item: item.path.relative_to(Path(__file__).parent) for item in items}
-    lanes = {item: _LANES.get(file.parts[0], "") for item, file in files.items()}
-    items.sort(key=lambda item: lanes[item] != "")
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(lanes[item] or str(files[item])))
 
 
 @pytest.fixture(scope="session")

@@ -46,9 +46,9 @@ def test_serve_answers_and_stops_cleanly_on_sigterm(folder: Path, environment: d
         assert process.stdout is not None
         assert process.stderr is not None
         try:
-            lines = [process.stdout.readline().decode() for _ in range(3)]
+            lines = [process.stdout.readline().decode() for _ in range(4)]
             facts = r"\(\d.*k parameters, bf16, context 96, 3 streams\)"
-            ready = re.fullmatch(rf"serving small-run on (http://127\.0\.0\.1:(\d+))  {facts}\n", lines[2])
+            ready = re.fullmatch(rf"serving small-run on (http://127\.0\.0\.1:(\d+))  {facts}\n", lines[3])
             assert ready, (lines, process.stderr.read())
             maps = Path(f"/proc/{process.pid}/maps")
             assert not maps.exists() or "libtorch" not in maps.read_text(), (

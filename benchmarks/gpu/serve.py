@@ -12,9 +12,7 @@ Triton's kernels must find the log-probabilities that plain torch operations fin
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +24,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+
+from sides import device_name, parse, start, synchronize, write
 
 from muster.model.presets import PRESETS
 from muster.model.spec import TransformerSpec
@@ -56,14 +56,7 @@ Ask = Callable[[list[list[int]], int], tuple[list[list[int]], float, float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--tiny", action="store_true", help="a toy shape, few tokens: does it run")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--name", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parse(__doc__)
     if arguments.side:
         print(json.dumps(measure(arguments.side, arguments.name)))
         return
@@ -75,7 +68,7 @@ def main() -> None:
     rows = []
     for name in names:
         for side in sides:
-            for row in start(side, name):
+            for row in start(__file__, side, name):
                 row = {"model": name, "side": side} | row
                 if "failed" not in row:
                     row["roofline"] = row["decode_tokens_per_s"] / roofline(
@@ -83,20 +76,7 @@ def main() -> None:
                     )
                 rows.append(row)
                 print(line(row), flush=True)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"device": device_name(), "torch": torch.__version__, "bandwidth_bytes_per_s": bandwidth}
-        arguments.json.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
-
-
-def start(side: str, name: str) -> list[dict[str, Any]]:
-    """One side in a process of its own: its rows, or why there are none."""
-    command = [sys.executable, __file__, "--side", side, "--name", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return [{"failed": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}]
-    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return rows
+    write(arguments.json, rows, bandwidth_bytes_per_s=bandwidth)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -277,15 +257,6 @@ def read_bandwidth(device: torch.device) -> float:
         synchronize(device)
         best_s = min(best_s, time.perf_counter() - started_s)
     return size / best_s
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

@@ -11,12 +11,9 @@ the table. Weights, gradients and AdamW's moments are bf16 on both sides, so tha
 
 from __future__ import annotations
 
-import argparse
 import functools
-import importlib.util
 import json
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -28,6 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+
+from sides import parse, start, synchronize, write
 
 from muster.model.presets import PRESETS
 from muster.model.spec import TransformerSpec
@@ -48,40 +47,19 @@ Loss = Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--tiny", action="store_true", help="a toy shape, two sides: does it run")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--name", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parse(__doc__)
     if arguments.side:
-        print(json.dumps(measure(arguments.side, arguments.name)))
+        print(json.dumps([measure(arguments.side, arguments.name)]))
         return
     names, sides = (("tiny",), ("muster", "transformers")) if arguments.tiny else (NAMES, SIDES)
     rows = []
     print(f"{'model':14}{'side':24}{'rows':>5}{'tokens/s':>10}{'of peak':>9}{'memory':>10}")
     for name in names:
         for side in sides:
-            rows.append({"model": name, "side": side} | start(side, name))
-            print(line(rows[-1]), flush=True)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"device": device_name(), "torch": torch.__version__, "rows": rows}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def start(side: str, name: str) -> dict[str, Any]:
-    """One side in a process of its own: its figures, or why there are none."""
-    if "fp8" in side and importlib.util.find_spec("torchao") is None:
-        return {"failed": "torchao is not installed"}
-    command = [sys.executable, __file__, "--side", side, "--name", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+            for row in start(__file__, side, name):
+                rows.append({"model": name, "side": side} | row)
+                print(line(rows[-1]), flush=True)
+    write(arguments.json, rows)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -183,15 +161,6 @@ def transformers_model(spec: TransformerSpec, device: torch.device) -> tuple[nn.
     if spec.parameters() > RECOMPUTED_FROM:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, lambda tokens, targets: model(input_ids=tokens, labels=tokens).loss
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ def serve(
         Serve so many processes of the model behind a router, which starts a dead one again and lets another finish its
         answers.
     prefill_replicas
-        Further replicas that compute long prompts for the others, whose streams then do not wait for them.
+        Further replicas that compute long prompts for the others, so that streams do not wait for them. No gain has
+        been measured yet.
     upstream
         Address of a server that runs already, instead of a model: route to it; several times for several. Any
         OpenAI-compatible kind will do.

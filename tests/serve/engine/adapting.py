@@ -18,8 +18,8 @@ import transformers
 from muster.model.spec import TransformerSpec
 from muster.serve.adapters import Adapter, read_adapters
 from muster.serve.engine.core import Core
-from muster.serve.protocol import Request, SamplingParams, Token
-from tests.serve.engine.test_parity import FAMILIES, NEW
+from muster.serve.protocol import Request, SamplingParams
+from tests.serve.engine.test_parity import FAMILIES, NEW, generated
 
 ROTARY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS: dict[str, dict[str, dict[str, Any]]] = {
@@ -98,18 +98,10 @@ def continued(model: Any, prompt: list[int]) -> list[int]:
 def answers(core: Core, case: Adapted, *, together: bool = True, **params: Any) -> dict[str, list[list[int]]]:
     """Tokens of each prompt with each adapter and with none, in turns: all at once, or one after the other."""
     settings: dict[str, Any] = {"max_tokens": NEW, "temperature": 0.0} | params
-    waiting = [
+    requests = [
         Request(id=f"{name} {index}", prompt=tuple(prompt), params=SamplingParams(**settings), adapter=name)
         for index, prompt in enumerate(case.prompts)
         for name in case.expected
     ]
-    found: dict[str, list[int]] = {request.id: [] for request in waiting}
-    with torch.inference_mode():
-        while core.busy or waiting:
-            if waiting and (together or not core.busy):
-                core.add(waiting.pop(0))
-            for id, item in core.step().items:
-                assert isinstance(item, Token), item
-                found[id].append(item.id)
-    assert core.stats().used_blocks == 0
+    found = generated(core, requests, together=together)
     return {name: [found[f"{name} {i}"] for i in range(len(case.prompts))] for name in case.expected}

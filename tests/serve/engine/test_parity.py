@@ -99,11 +99,17 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def run(core: Core, prompts: list[list[int]], *, together: bool = True, **params: Any) -> list[list[int]]:
     """Greedy tokens of each prompt: all at once, one coming after each step; or one after the other."""
     settings: dict[str, Any] = {"max_tokens": NEW, "temperature": 0.0} | params
-    found: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
-    waiting = [
+    requests = [
         Request(id=str(index), prompt=tuple(prompt), params=SamplingParams(**settings))
         for index, prompt in enumerate(prompts)
     ]
+    return list(generated(core, requests, together=together).values())
+
+
+def generated(core: Core, requests: list[Request], *, together: bool = True) -> dict[str, list[int]]:
+    """Tokens of each request, by its id; afterwards the core holds nothing."""
+    found: dict[str, list[int]] = {request.id: [] for request in requests}
+    waiting = list(requests)
     with torch.inference_mode():
         while core.busy or waiting:
             if waiting and (together or not core.busy):
@@ -112,7 +118,7 @@ def run(core: Core, prompts: list[list[int]], *, together: bool = True, **params
                 assert isinstance(item, Token), item
                 found[id].append(item.id)
     assert core.stats().used_blocks == 0
-    return list(found.values())
+    return found
 
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -92,6 +92,17 @@ def ask(
     return asyncio.run(run())
 
 
+def stopped_at_work(routed: Any, victim: str) -> psutil.Process:
+    """A replica, or its engine, stopped with requests under way: they are certain to be lost when it is killed."""
+    replicas = httpx.get(f"{routed.url}/health").json()["replicas"]
+    process: psutil.Process = routed.replicas()[replicas[0]["url"]]
+    if victim == "engine":
+        (process,) = process.children()
+    process.suspend()
+    routed.wait(lambda: routed.figure("replica_running_requests")[0] > 0)
+    return process
+
+
 @pytest.mark.parametrize("victim", ["replica", pytest.param("engine", marks=pytest.mark.long)])
 def test_a_kill_under_load_fails_nothing_and_changes_nothing(routed: Any, victim: str) -> None:
     routed.wait_ready(3)
@@ -100,12 +111,9 @@ def test_a_kill_under_load_fails_nothing_and_changes_nothing(routed: Any, victim
     before, killed = routed.figure("failovers_total")[0] + routed.figure("retries_total")[0], []
 
     def disturb(done: int) -> None:
-        if done == 30 and not killed:
-            process: psutil.Process = next(iter(routed.replicas().values()))
-            if victim == "engine":
-                (process,) = process.children()
-            killed.append(process)
-            process.kill()
+        if done == 30:
+            killed.append(stopped_at_work(routed, victim))
+            killed[0].kill()
 
     assert ask(routed.url, sent, disturb) == undisturbed
     assert killed

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +148,50 @@ def test_chat_with_no_server_says_so(environment: dict[str, str]) -> None:
     assert b"Connection refused): start one with muster serve" in done.stderr
 
 
-def test_told_to_stop_while_it_starts_it_leaves_nothing(folder: Path, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize("moment_s", [0.0, 0.02, 0.3])
+def test_told_to_stop_while_it_starts_it_leaves_nothing(
+    folder: Path, environment: dict[str, str], moment_s: float
+) -> None:
     with subprocess.Popen([*MUSTER, "serve", str(folder), "--port", "0"], env=environment) as process:
         try:
             while not (family := psutil.Process(process.pid).children()):
                 assert process.poll() is None
+            time.sleep(moment_s)
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=30) == 0
         finally:
             process.kill()
     assert not any(child.is_running() for child in family)
+
+
+INSIDE_POPEN = """
+class Struck(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        print(self.pid, flush=True)
+        signal.raise_signal(signal.SIGTERM)
+subprocess.Popen = Struck
+"""
+INSIDE_A_DESTRUCTOR = """
+class Dying:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+import muster.serve.folders
+def find_source(*_, **__):
+    print(*(child.pid for child in psutil.Process().children()), flush=True)
+    Dying()
+    time.sleep(60)
+muster.serve.folders.find_source = find_source
+"""
+
+
+@pytest.mark.parametrize("struck", [INSIDE_POPEN, INSIDE_A_DESTRUCTOR])
+def test_told_to_stop_where_no_exception_would_help(
+    folder: Path, environment: dict[str, str], struck: str
+) -> None:
+    """The signal comes before anybody knows the engine's process, and where Python swallows exceptions."""
+    script = f"import signal, subprocess, sys, time, psutil\n{struck}\nfrom muster.cli import main\nmain()"
+    command = [sys.executable, "-c", script, "serve", str(folder), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=50)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert not psutil.pid_exists(int(done.stdout))

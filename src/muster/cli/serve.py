@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from muster.errors import MissingExtra, MusterError, UsageError
+from muster.errors import UsageError
 
 
 def serve(
@@ -119,18 +115,20 @@ def serve(
 
             run_rank(told)
         return
-    for flag, size in (("--tensor", tensor), ("--pipeline", pipeline)):
+    sizes = {
+        "--streams": streams,
+        "--tensor": tensor,
+        "--pipeline": pipeline,
+        "--requests-per-minute": requests_per_minute,
+        "--tokens-per-minute": tokens_per_minute,
+    }
+    for flag, size in sizes.items():
         if size is not None and size < 1:
             raise UsageError(f"{flag} {size} should be at least 1")
-    if streams is not None and streams < 1:
-        raise UsageError(f"--streams {streams} should be at least 1")
     if context is not None and context < 2:
         raise UsageError(f"--context {context} should be at least 2: a prompt token and a completion token")
     if not max_wait > 0:
         raise UsageError(f"--max-wait {max_wait:g} should be more than 0 seconds")
-    for name, rate in (("requests", requests_per_minute), ("tokens", tokens_per_minute)):
-        if rate is not None and rate < 1:
-            raise UsageError(f"--{name}-per-minute {rate} should be at least 1")
     adapters = _named(adapter or ())
     if replicas is not None or prefill_replicas or upstream or manifest is not None or path is None:
         if tokens_per_minute is not None:
@@ -171,112 +169,31 @@ def serve(
             access_log=access_log,
         )
         return
-    try:
-        from muster.serve.engine.process import ProcessEngine, Worker
-    except ModuleNotFoundError as error:
-        raise _missing(error) from None
-    # What the engine's process imports takes longest, and goes on beside all that follows.
-    with _stoppable(), Worker() as worker:
-        from muster.serve.folders import find_source, serve_section
+    from muster.cli._server import Options, run_server
 
-        source = find_source(path, on_damaged=_complain)
-        worker.read_ahead(source.weights, dtype)
-        try:
-            from muster.serve.gate import Front
-            from muster.serve.handover import Handover
-            from muster.serve.http import build_app
-            from muster.serve.keys import read_keys
-            from muster.serve.rates import Rates
-            from muster.serve.server import Server, bind, url_of
-        except ModuleNotFoundError as error:
-            raise _missing(error) from None
-        from muster.observe.format import count
-        from muster.serve.limits import Limits
-        from muster.serve.tls import tls_context
-        from muster.serve.visit import open_log
-        from muster.serve.warmup import warm_up
-
-        section = serve_section(source.run or source.weights)
-        tls = tls_context(tls_cert, tls_key)
-        rates = Rates(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
-        front = Front(keys=read_keys(keys, os.environ), rates=rates, handover=Handover.given(os.environ))
-        address, number = host or section.host, section.port if port is None else port
-        # The port first: a taken one is known before minutes of loading.
-        with open_log(access_log) as front.log, bind(address, number, guarded=bool(front.keys)) as sock:
-            from muster.serve.opening import open_model
-
-            model = open_model(
-                source,
-                dtype=dtype,
-                streams=streams or section.streams,
-                context_tokens=context,
-                own_process=True,
-                worker=worker,
-                kv=kv or section.kv,
-                draft=draft,
-                tensor=tensor or section.layout.tensor,
-                pipeline=pipeline or section.layout.pipeline,
-                follow=follow or section.follow,
-                waiting_s=max_wait,
-                adapters=(section.adapters or {}) | adapters,
-            )
-            limits = Limits(context_tokens=model.context_tokens, request_s=section.timeout)
-            names = [one.name for one in model.adapters]
-            app = build_app(model.engine, model.codec, model.model_id, limits, front, names)
-
-            url = url_of(sock, secure=tls is not None)
-
-            def announce() -> None:
-                facts = (
-                    f"{count(model.parameters)} parameters, {model.dtype}, "
-                    f"context {model.context_tokens}, {model.streams} streams"
-                )
-                if (ranks := model.tensor * model.pipeline) > 1:
-                    sys.stdout.write(
-                        f"layout  tensor {model.tensor} x pipeline {model.pipeline}: {ranks} ranks\n"
-                    )
-                sys.stdout.write(f"cache   {model.cache}\n")
-                for one in model.adapters:
-                    size = f"rank {one.rank}, {count(one.parameters)} parameters"
-                    sys.stdout.write(f"adapter {one.name}: {size}\n")
-                sys.stdout.write(f"threads {model.threads}: {model.threads_reason}\n")
-                sys.stdout.write(f"kernels {model.kernels}\n")
-                sys.stdout.write(f"serving {model.model_id} on {url}  ({facts})\n")
-                sys.stdout.flush()
-
-            server = Server(
-                app, limits, on_ready=announce, front=front, tls=tls, warm_up=lambda: warm_up(model.engine)
-            )
-            engine = model.engine
-            if isinstance(engine, ProcessEngine):
-                engine.on_end = lambda: setattr(server, "should_exit", True)
-            try:
-                server.serve_on(sock)
-            finally:
-                engine.close()
-            if isinstance(engine, ProcessEngine) and engine.failure is not None:
-                raise MusterError(f"{engine.failure}: the server's log has what it said")
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """Until the server listens to SIGTERM: have it end what has been started, and this."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise SystemExit(0)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _missing(error: ModuleNotFoundError) -> Exception:
-    return error if str(error.name).startswith("muster") else MissingExtra("muster serve", "serve")
+    run_server(
+        Options(
+            path=path,
+            host=host,
+            port=port,
+            streams=streams,
+            context=context,
+            dtype=dtype,
+            kv=kv,
+            draft=draft,
+            tensor=tensor,
+            pipeline=pipeline,
+            follow=follow,
+            adapters=adapters,
+            max_wait=max_wait,
+            keys=keys,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
+            access_log=access_log,
+        )
+    )
 
 
 def _named(adapters: Sequence[str]) -> dict[str, str]:
@@ -290,7 +207,3 @@ def _named(adapters: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"--adapter {name} is given twice: each needs a name of its own")
         found[name] = folder
     return found
-
-
-def _complain(sentence: str) -> None:
-    sys.stderr.write(f"muster: {sentence}\n")

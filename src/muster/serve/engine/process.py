@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import os
 import signal
 import socket
@@ -33,6 +34,9 @@ _LOG = logging.getLogger(__name__)
 RESTARTS, RESTART_WINDOW_S = 3, 600.0
 """So many ends of the engine's process within so many seconds are survived."""
 
+FAREWELL_S = 5.0
+"""How long an engine over several ranks may take to end them and itself."""
+
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 """Without it, torch's threads spin for 7 ms after each loop of theirs, on cores that the kernels and HTTP want."""
 
@@ -53,6 +57,8 @@ class Worker:
                 command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, env=ENVIRONMENT | os.environ
             )
         self.wire = Wire(here)
+        self._divided = False
+        """Whether it may have ranks beside it, which it ends itself when its socket closes."""
 
     def read_ahead(self, weights: Path, format: str) -> None:
         """Have it begin to read what it is likely to serve."""
@@ -60,20 +66,30 @@ class Worker:
 
     def make(self, setup: dict[str, Any]) -> None:
         """Have it make an engine."""
+        self._divided = setup["tensor"] * setup["pipeline"] > 1
         self._send({"setup": setup})
 
     def _send(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # it has ended already, as whoever waits for it will hear
             self.wire.send(message)
 
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Have it end, unless it has; it has nothing to lose."""
+    def end(self) -> None:
+        """Have it end, unless it has, and wait for that. A signal's handler may call this wherever Python is: it takes
+        no lock that what it interrupts might hold."""
         self.wire.close()
-        self.process.kill()
-        self.process.wait()
+        if not self._divided or not self._has_ended_within(FAREWELL_S):
+            self.process.kill()  # it has nothing to lose
+            self._has_ended_within(None)
+
+    def _has_ended_within(self, limit_s: float | None) -> bool:
+        """What `Popen.wait` would do, of which another call may be under way."""
+        until_s = math.inf if limit_s is None else time.monotonic() + limit_s
+        with contextlib.suppress(ChildProcessError):  # collected already
+            while os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG) is None:
+                if time.monotonic() > until_s:
+                    return False
+                time.sleep(0.002)
+        return True
 
 
 class ProcessEngine:

@@ -34,9 +34,10 @@ def huge_memory(count: int) -> memoryview:
     """`count` bytes which begin a page of 2 MB, where the system has such pages; zeros.
 
     A decoding step reads every weight once, and the processor's prefetching stops at each page: measured 44 instead of
-    33 GB/s on two cores (one product with one row, bf16).
+    33 GB/s on two cores (one product with one row, bf16). Private memory: that which could be shared, Python's default,
+    gets no such pages from a Linux as it comes.
     """
-    mapped = mmap.mmap(-1, count + _PAGE_BYTES)
+    mapped = mmap.mmap(-1, count + _PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them: ordinary pages do
             mapped.madvise(mmap.MADV_HUGEPAGE)

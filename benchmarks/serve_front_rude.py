@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 import random
 import resource
+import selectors
+import socket
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -22,24 +25,21 @@ SLOWLORIS_BAR, FREED_BAR_S = 1.1, 1.0
 
 
 def measure_slowloris(folder: Path, short: bool) -> dict[str, Any]:
-    crowd, count = (100, 60) if short else (1000, 1500)
+    """Phases with the crowd and without, in turn, so that what else the machine does is in both."""
+    crowd, rounds, phase_s = (100, 1, 3.0) if short else (1000, 3, 11.0)
+    latency_s: dict[bool, list[float]] = {True: [], False: []}
+    ended: list[float] = []
     with serving(folder, "--streams", "8") as server:
-        client = Server(server.url)
-
-        async def good(seed: int) -> dict[str, float]:
-            load = list(requests(Workload(requests=count, prompt_tokens=32, output_tokens=32, seed=seed)))
-            outcomes = await closed_loop(client, await client.model(), load, concurrency=4, tell=ignore)
-            assert all(one.succeeded for one in outcomes)
-            return percentiles([one.ended_s - one.due_s for one in outcomes])
-
-        asyncio.run(good(0))
-        alone = asyncio.run(good(1))
-        # In a process of its own: what the rude ones cost their own client is not what they cost others.
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            slow = pool.submit(_slow_crowd, server.port, crowd, 14.0)
-            time.sleep(3)  # they are there
-            beside = asyncio.run(good(2))
-            ended = slow.result()
+        asyncio.run(_good(server.url, 2.0))
+        for _ in range(rounds):
+            latency_s[False] += asyncio.run(_good(server.url, phase_s))
+            # In a process of its own: what the rude ones cost their own client is not what they cost others.
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                slow = pool.submit(_slow_crowd, server.port, crowd, phase_s + 2)
+                time.sleep(2)  # they are there
+                latency_s[True] += asyncio.run(_good(server.url, phase_s))
+                ended += slow.result()
+    alone, beside = percentiles(latency_s[False]), percentiles(latency_s[True])
     return {
         "connections": crowd,
         "alone_latency_s": alone,
@@ -52,42 +52,63 @@ def measure_slowloris(folder: Path, short: bool) -> dict[str, Any]:
     }
 
 
+async def _good(url: str, seconds: float) -> list[float]:
+    """Latencies of four clients that ask one request after the other."""
+    client = Server(url)
+    model, until_s = await client.model(), time.perf_counter() + seconds
+    found: list[float] = []
+
+    async def one(seed: int) -> None:
+        while time.perf_counter() < until_s:
+            load = list(requests(Workload(requests=10, prompt_tokens=32, output_tokens=32, seed=seed)))
+            outcomes = await closed_loop(client, model, load, concurrency=1, tell=ignore)
+            assert all(outcome.succeeded for outcome in outcomes)
+            found.extend(outcome.ended_s - outcome.due_s for outcome in outcomes)
+
+    await asyncio.gather(*(one(seed) for seed in range(4)))
+    return found
+
+
 def _slow_crowd(port: int, size: int, seconds: float) -> list[float]:
-    """So many connections for so long, each of which comes again when it is closed; how long each was borne."""
+    """So many connections for so long, each of which comes again when it is closed; how long each was borne.
+
+    Each sends a header that never ends, a byte a second. As cheap as a client can be: it runs on the server's cores.
+    """
+    began: dict[socket.socket, float] = {}
     ended: list[float] = []
-
-    async def slow() -> None:
-        """A header that never ends, a byte a second."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        began = time.perf_counter()
-        with contextlib.suppress(ConnectionError):
-            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n")
-            while not await _ends_within(reader, 1.0):
-                writer.write(b"X")
-        ended.append(time.perf_counter() - began)
-        writer.close()
-
-    async def again() -> None:
-        while True:
-            await slow()
-
-    async def crowd() -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await asyncio.gather(*(again() for _ in range(size)))
-
+    due: list[tuple[float, int, socket.socket, bytes]] = []
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    asyncio.run(crowd())
+    with selectors.DefaultSelector() as selector:
+
+        def come() -> None:
+            sock = socket.create_connection(("127.0.0.1", port))
+            selector.register(sock, selectors.EVENT_READ)
+            began[sock] = time.perf_counter()
+            heapq.heappush(due, (began[sock], id(sock), sock, b"GET /health HTTP/1.1\r\nHost: x\r\n"))
+
+        for _ in range(size):
+            come()
+        until_s = time.perf_counter() + seconds
+        while (now_s := time.perf_counter()) < until_s:
+            while due[0][0] <= now_s:
+                _, number, sock, data = heapq.heappop(due)
+                if sock in began:
+                    with contextlib.suppress(ConnectionError):
+                        sock.send(data)
+                    heapq.heappush(due, (now_s + 1.0, number, sock, b"X"))
+            for key, _ in selector.select(due[0][0] - now_s):
+                sock = key.fileobj  # type: ignore[assignment]
+                with contextlib.suppress(ConnectionError):
+                    if sock.recv(1 << 12):
+                        continue
+                ended.append(time.perf_counter() - began.pop(sock))
+                selector.unregister(sock)
+                sock.close()
+                come()
+    for sock in began:
+        sock.close()
     return ended
-
-
-async def _ends_within(reader: asyncio.StreamReader, seconds: float) -> bool:
-    try:
-        async with asyncio.timeout(seconds):
-            return not await reader.read()
-    except TimeoutError:
-        return False
 
 
 def measure_disconnects(folder: Path, short: bool) -> dict[str, Any]:

@@ -6,10 +6,13 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import httpx
 import pytest
+
+from muster.serve.receipt import EXPIRY_GAP_S, Spaced
 
 BODY = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 2}).encode()
 START = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -195,3 +198,12 @@ def test_stopping_lets_a_running_stream_finish(serving: Any, make_model: Any) ->
     text = response.read().decode()
     stack.close()
     assert text.endswith("data: [DONE]\n\n")
+
+
+def test_a_thousand_deadlines_at_once_are_met_one_after_the_other() -> None:
+    """So that no turn of the event loop closes them all; those that come alone are met at once."""
+    spaced = Spaced()
+    turns = [spaced.after(100.0) for _ in range(1000)]
+    assert turns[0] == 100.0
+    assert all(after - before == pytest.approx(EXPIRY_GAP_S) for before, after in pairwise(turns))
+    assert spaced.after(turns[-1] + 5) == turns[-1] + 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Mapping
@@ -109,10 +110,15 @@ def _serve(options: Options, worker: Worker) -> None:
         names = [one.name for one in model.adapters]
         app = build_app(engine, model.codec, model.model_id, limits, front, names)
         url = url_of(sock, secure=tls is not None)
+
+        def on_ready() -> None:
+            gc.freeze()  # what is there now stays: looking through it now and then would delay what goes out
+            _announce(model, url)
+
         server = Server(
             app,
             limits,
-            on_ready=lambda: _announce(model, url),
+            on_ready=on_ready,
             front=front,
             tls=tls,
             warm_up=lambda: warm_up(engine),

@@ -30,6 +30,8 @@ from muster.serve.receipt import guarded_protocol
 KEEP_ALIVE_S = 30
 CLOSING_S = 1
 """Time for what is still running after `shutdown_s`, and for a TLS peer to say goodbye."""
+ACCEPTED_AT_ONCE = 16
+"""Connections accepted in one turn of the event loop, in which no token goes out."""
 OTHER_DESCRIPTORS = 200
 """Open files besides connections."""
 
@@ -131,12 +133,14 @@ class Server(uvicorn.Server):
                 make,
                 sock=sock,
                 ssl=self.config.ssl,
-                backlog=self.config.backlog,
+                backlog=ACCEPTED_AT_ONCE,
                 ssl_handshake_timeout=self._limits.header_s if secure else None,
                 ssl_shutdown_timeout=CLOSING_S if secure else None,
             )
             for sock in sockets or ()
         ]
+        for sock in sockets or ():
+            sock.listen(self.config.backlog)  # how many may wait, which asyncio takes to be the same
         self.started = True
         self._warming = asyncio.create_task(self._become_ready())
 

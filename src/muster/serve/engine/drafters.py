@@ -82,6 +82,8 @@ class NgramDrafter:
             seen = grams.after.get(tuple(tokens[-run:])) if run <= len(tokens) else None
             if seen is not None:
                 grams.guesses = tokens[seen : seen + min(GUESSES, asked.room)]
+                while len(grams.guesses) < min(GUESSES, asked.room):  # at the end: it goes round and round
+                    grams.guesses.append(grams.guesses[seen - len(tokens)])
                 # A guess that was right makes the run longer.
                 grams.kinds = [min(run + ahead, 2 * GUESSES) for ahead in range(len(grams.guesses))]
                 break
@@ -102,8 +104,12 @@ class ModelDrafter:
         self._step_tokens = step_tokens
         self._shadows: dict[str, _Shadow] = {}
         self._hits = Hits()
-        self.usual_share = 0.5
+        self._first_hits = Hits()
+
+    @property
+    def usual_share(self) -> float:
         """Of first guesses, those that were right lately."""
+        return self._first_hits.share(None)
 
     def propose(self, asked: Sequence[Asked]) -> dict[str, list[int]]:
         going_on = [(one, shadow) for one in asked if (shadow := self._followed(one)) is not None]
@@ -173,9 +179,9 @@ class ModelDrafter:
             shadow = self._shadows[target.id] = _Shadow(own)
         mine, came = shadow.sequence, target.tokens[shadow.known :]
         if shadow.kinds and came:
-            right = self._hits.compare(shadow.kinds, mine.tokens[shadow.known :], came)
-            self.usual_share += 0.02 * ((right > 0) - self.usual_share)
-            shadow.known += right
+            guesses = mine.tokens[shadow.known :]
+            self._first_hits.compare([None], guesses, came)
+            shadow.known += self._hits.compare(shadow.kinds, guesses, came)
         del mine.tokens[shadow.known :]
         mine.computed = min(mine.computed, shadow.known)
         mine.tokens += target.tokens[shadow.known :]

@@ -35,6 +35,7 @@ bench: setup
 	$(BIN)/python benchmarks/serve_kernels_cpu.py --shape 1b --prompt 64 --json benchmarks/results/serve_kernels_1b.json
 	$(BIN)/python benchmarks/serve_cpu.py --json benchmarks/results/serve_cpu.json
 	$(BIN)/python benchmarks/serve_cpu.py --prefix --shapes m160 --formats int8 int4 --rounds 1 --json benchmarks/results/serve_prefix.json
+	$(BIN)/python benchmarks/serve_speculation_cpu.py --json benchmarks/results/serve_speculation.json
 	$(BIN)/python benchmarks/serve_front_cpu.py --json benchmarks/results/serve_front_cpu.json
 	$(BIN)/python benchmarks/serve_router_cpu.py --json benchmarks/results/serve_router.json
 	$(BIN)/python benchmarks/checkpoint_cpu.py --json benchmarks/results/checkpoint_cpu.json

@@ -1,10 +1,12 @@
 """What guessing ahead gains one request on a trained model, and that it changes no token.
 
-    python benchmarks/serve_speculation_cpu.py MODEL [--draft ngram|MODEL] [--formats bf16 int8 int4] [--json FILE]
+    python benchmarks/serve_speculation_cpu.py [MODEL --draft ngram|MODEL ...] [--formats bf16 int8 int4] [--json FILE]
 
-MODEL is a run's folder. Prompts are the beginnings of files that it was not trained on (by default the tests of this
-Python's standard library); each is continued greedily, alone, by our engine without and with guesses, in turn, and the
-best of the rounds counts. Guessing is on as `muster serve --draft` has it: where the engine measures that it pays.
+Without MODEL: recipes/stdlib-small.yaml with the text itself and recipes/stdlib-draft.yaml as drafts, trained first
+where they are not in --runs yet. Prompts are the beginnings of files that none was trained on (by default the tests of
+this Python's standard library); each is continued greedily, alone, by our engine without guesses and with each draft's,
+in turn, and the best of the rounds counts. Guessing is as `muster serve --draft` has it: where the engine measures that
+it pays, and as far ahead.
 """
 
 from __future__ import annotations
@@ -12,30 +14,37 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from cells import machine
 
-from muster.export.trained import load_trained
-from muster.model.config_json import read_spec
+from muster.data.tokenizer import Tokenizer
 from muster.serve.engine.core import Core
-from muster.serve.opening import Setup, build_core, choose_threads
+from muster.serve.folders import Source, find_source, read_spec
+from muster.serve.opening import NGRAM, Setup, build_core, choose_threads
 from muster.serve.protocol import Request, SamplingParams, Token
 
 GOAL = 1.5
+ROOT = Path(__file__).parent.parent
+RECIPE, DRAFT_RECIPE = ROOT / "recipes" / "stdlib-small.yaml", ROOT / "recipes" / "stdlib-draft.yaml"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--draft", default="ngram")
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--draft", nargs="+")
+    parser.add_argument("--runs", type=Path, default=ROOT / "build" / "speculation")
     parser.add_argument("--formats", nargs="+", default=["bf16", "int8", "int4"])
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=64)
@@ -44,65 +53,81 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    folder = weights(arguments.model)
-    spec = read_spec(folder)
+    model = find_source(arguments.model or trained(RECIPE, arguments.runs))
+    drafts = arguments.draft or [NGRAM]
+    if arguments.model is None and arguments.draft is None:
+        drafts.append(str(trained(DRAFT_RECIPE, arguments.runs)))
+    folders = {draft: str(draft if draft == NGRAM else find_source(Path(draft)).weights) for draft in drafts}
+    spec = read_spec(model.weights)
     threads, _ = choose_threads(spec.parameters())
     torch.set_num_threads(threads)
-    prompts = beginnings(arguments)
+    prompts = beginnings(model, arguments)
     print(
-        f"{spec.parameters() / 1e6:.1f} M parameters, {threads} threads, draft {arguments.draft}, "
+        f"{model.name}: {spec.parameters() / 1e6:.1f} M parameters, {threads} threads, "
         f"{len(prompts)} prompts of {arguments.prompt_tokens} tokens, {arguments.output_tokens} to generate"
     )
-    print(f"{'format':>6}{'without':>12}{'with':>12}{'ratio':>8}{'accepted':>10}  same tokens")
+    print(f"{'format':>6}  {'draft':<16}{'without':>9}{'with':>9}{'ratio':>8}{'accepted':>10}  same tokens")
     rows = []
     for format in arguments.formats:
         cores = {
-            draft: build_core(
-                Setup(
-                    folder=str(folder),
-                    dtype=format,
-                    streams=1,
-                    context_tokens=spec.context,
-                    vocab=spec.vocab,
-                    threads=threads,
-                    draft=draft and (draft if draft == "ngram" else str(weights(Path(draft)))),
-                )
+            draft: build_core(setup(model, weights, format, threads))
+            for draft, weights in [(None, None), *folders.items()]
+        }
+        for row in compare(cores, prompts, arguments):
+            rows.append({"format": format, **row})
+            print(
+                f"{format:>6}  {row['draft']:<16}{row['plain_tokens_per_s']:9.1f}{row['drafted_tokens_per_s']:9.1f}"
+                f"{row['ratio']:7.2f}x{row['accepted_share']:10.0%}  {'yes' if row['same'] else 'NO'}",
+                flush=True,
             )
-            for draft in (None, arguments.draft)
-        }
-        rows.append(compare(cores, prompts, arguments) | {"format": format})
-        row = rows[-1]
-        print(f"{format:>6}{row['plain_tokens_per_s']:12.1f}{row['drafted_tokens_per_s']:12.1f}{row['ratio']:7.2f}x"
-              f"{row['accepted_share']:10.0%}  {'yes' if row['same'] else 'NO'}", flush=True)  # fmt: skip
     if arguments.json:
-        setup = {k: str(v) for k, v in vars(arguments).items() if k != "json"}
-        result = {
-            "machine": machine(),
-            "load": os.getloadavg()[0],
-            "setup": setup,
-            "goal": GOAL,
-            "rows": rows,
-        }
+        result = {"machine": machine(), "date": date.today().isoformat(), "torch": version("torch"),
+                  "load": os.getloadavg()[0], "model": model.name, "parameters": spec.parameters(), "step": model.step,
+                  "draft_parameters": {draft: read_spec(Path(folder)).parameters()
+                                       for draft, folder in folders.items() if draft != NGRAM},
+                  "prompts": arguments.prompts, "prompt_tokens": arguments.prompt_tokens,
+                  "output_tokens": arguments.output_tokens, "goal": GOAL, "rows": rows}  # fmt: skip
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def weights(model: Path) -> Path:
-    """The folder in Hugging Face layout of a run, or itself."""
-    return model / "hf" if (model / "hf").is_dir() else model
+def trained(recipe: Path, runs: Path) -> Path:
+    """The run of a recipe, trained to its end if it is not yet."""
+    subprocess.run(
+        [sys.executable, "-m", "muster", "train", str(recipe), "--runs", str(runs)],
+        check=True,
+        stdout=sys.stderr,
+    )
+    return runs / recipe.stem
 
 
-def beginnings(arguments: argparse.Namespace) -> list[tuple[int, ...]]:
+def setup(model: Source, draft: str | None, format: Any, threads: int) -> Setup:
+    """One request at a time."""
+    spec = read_spec(model.weights)
+    return Setup(
+        folder=str(model.weights),
+        tokenizer=str(model.tokenizer),
+        dtype=format,
+        streams=1,
+        context_tokens=spec.context,
+        vocab=Tokenizer.from_file(model.tokenizer).vocab,
+        threads=threads,
+        draft=draft,
+    )
+
+
+def beginnings(model: Source, arguments: argparse.Namespace) -> list[tuple[int, ...]]:
     """Of files, each cut somewhere into its code."""
-    trained = load_trained(arguments.model)
+    tokenizer = Tokenizer.from_file(model.tokenizer)
     default = sorted(Path(sysconfig.get_path("stdlib")).glob("test/test_*.py"))
     files: Sequence[Path] = arguments.text or default[:: max(len(default) // arguments.prompts, 1)]
     texts = (path.read_text("utf-8", errors="replace")[1000:4000] for path in files[: arguments.prompts])
-    return [tuple(trained.tokenizer.encode(text)[: arguments.prompt_tokens]) for text in texts]
+    return [tuple(tokenizer.encode(text)[: arguments.prompt_tokens]) for text in texts]
 
 
 def compare(
     cores: dict[str | None, Core], prompts: Sequence[tuple[int, ...]], arguments: argparse.Namespace
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
+    """Each draft beside no guesses."""
     best: dict[str | None, float] = dict.fromkeys(cores, float("inf"))
     outputs: dict[str | None, list[list[int]]] = {}
     for number in range(1 + arguments.rounds):  # the first one warms up
@@ -111,15 +136,23 @@ def compare(
             outputs[draft] = [generate(core, prompt, arguments.output_tokens) for prompt in prompts]
             if number:
                 best[draft] = min(best[draft], time.perf_counter() - begun_s)
-    plain, drafted = cores
-    tokens, stats = len(prompts) * arguments.output_tokens, cores[drafted].stats()
-    return {
-        "plain_tokens_per_s": tokens / best[plain],
-        "drafted_tokens_per_s": tokens / best[drafted],
-        "ratio": best[plain] / best[drafted],
-        "accepted_share": stats.accepted_tokens / max(stats.draft_tokens, 1),
-        "same": outputs[plain] == outputs[drafted],
-    }
+    tokens = sum(map(len, outputs[None]))
+    rows = []
+    for draft, core in cores.items():
+        if draft is not None:
+            stats = core.stats()
+            rows.append(
+                {
+                    "draft": Path(draft).name,
+                    "plain_tokens_per_s": tokens / best[None],
+                    "drafted_tokens_per_s": tokens / best[draft],
+                    "ratio": best[None] / best[draft],
+                    "accepted_share": stats.accepted_tokens / max(stats.draft_tokens, 1),
+                    "tokens_per_step": stats.generated_tokens / stats.steps,
+                    "same": outputs[None] == outputs[draft],
+                }
+            )
+    return rows
 
 
 def generate(core: Core, prompt: tuple[int, ...], tokens: int) -> list[int]:

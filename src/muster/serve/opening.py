@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from muster.serve.codec import TextCodec
     from muster.serve.engine.batch import Network, PagedCache
     from muster.serve.engine.core import Core
+    from muster.serve.engine.drafters import ModelDrafter
     from muster.serve.engine.process import Worker
-    from muster.serve.engine.speculation import Drafter, ModelDrafter
+    from muster.serve.engine.speculation import Drafter
     from muster.serve.kernels.packing import Format
     from muster.serve.kernels.shape import KV
 # torch is imported where a network is made, and tokenizers where text is: the server and its engine each do without
@@ -264,13 +265,13 @@ def with_blocks(setup: Setup) -> Setup:
 def core_of(setup: Setup, network: Network, cache: PagedCache) -> Core:
     """The engine around a network that is there."""
     from muster.serve.engine.core import Core
-    from muster.serve.engine.speculation import NgramDrafter
+    from muster.serve.engine.drafters import EitherDrafter, NgramDrafter
 
     drafter: Drafter | None = None
     if setup.draft == NGRAM:
         drafter = NgramDrafter()
     elif setup.draft is not None:
-        drafter = _model_drafter(Path(setup.draft), setup)
+        drafter = EitherDrafter(NgramDrafter(), _model_drafter(Path(setup.draft), setup))
     return Core(
         network,
         cache,
@@ -293,7 +294,7 @@ def salt_of(step: int) -> str:
 
 def _model_drafter(folder: Path, setup: Setup) -> ModelDrafter:
     """A small model that guesses ahead, whole on the first rank."""
-    from muster.serve.engine.speculation import ModelDrafter
+    from muster.serve.engine.drafters import ModelDrafter
     from muster.serve.weights import choose_device, load_network
 
     spec = read_spec(folder)

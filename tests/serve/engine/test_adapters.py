@@ -14,11 +14,11 @@ from muster.model.folder import load_folder
 from muster.model.transformer import Transformer
 from muster.parallel.world import join
 from muster.serve.engine.core import Core
+from muster.serve.engine.drafters import ModelDrafter
 from muster.serve.engine.network import TransformerNetwork
 from muster.serve.engine.packed import pack_model
 from muster.serve.engine.part import Part
 from muster.serve.engine.ranks import Grid, Orders, ParallelNetwork, follow
-from muster.serve.engine.speculation import ModelDrafter
 from muster.serve.kernels.ops import Kernels, choose_kernels
 from muster.serve.kernels.packing import Format
 from muster.serve.kernels.reference import Reference

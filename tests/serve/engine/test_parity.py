@@ -19,8 +19,9 @@ import transformers
 from muster.model.folder import load_folder
 from muster.model.transformer import Transformer
 from muster.serve.engine.core import Core
+from muster.serve.engine.drafters import EitherDrafter, ModelDrafter, NgramDrafter
 from muster.serve.engine.network import TransformerNetwork
-from muster.serve.engine.speculation import Drafter, ModelDrafter, NgramDrafter
+from muster.serve.engine.speculation import Drafter
 from muster.serve.protocol import Request, SamplingParams, Token
 
 COMMON = {
@@ -141,7 +142,7 @@ def test_greedy_tokens_are_those_of_transformers(
     assert (stats.preemptions > 0) == (way == "preemption")
 
 
-@pytest.mark.parametrize("guessing", ["ngram", "draft model", "itself"])
+@pytest.mark.parametrize("guessing", ["ngram", "draft model", "itself", "either"])
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 30}]
 )
@@ -159,7 +160,9 @@ def test_guessing_ahead_changes_no_token(
                 for parameter in model.parameters():
                     parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.02)
         network, _ = TransformerNetwork.of(model, "fp32")
-        drafter = ModelDrafter(network, network.new_cache(80, 8), step_tokens=64)
+        drafter = own = ModelDrafter(network, network.new_cache(80, 8), step_tokens=64)
+        if guessing == "either":
+            drafter = EitherDrafter(NgramDrafter(), own)
     core = make_core(case.model, streams=5, step_tokens=40, drafter=drafter, always_draft=True)
     assert run(core, case.prompts, **params) == expected
     stats = core.stats()
@@ -167,8 +170,8 @@ def test_guessing_ahead_changes_no_token(
         assert stats.accepted_tokens > 0.95 * stats.draft_tokens > 100
     elif guessing == "draft model":
         assert stats.draft_tokens > stats.accepted_tokens > 0.2 * stats.draft_tokens
-    if isinstance(drafter, ModelDrafter):
-        assert drafter._pool.used == 0
+    if guessing != "ngram":
+        assert own._pool.used == 0
 
 
 def test_alone_and_again_from_the_cache(case: Case, make_core: Callable[..., Core]) -> None:

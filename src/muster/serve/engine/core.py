@@ -24,7 +24,7 @@ from muster.serve.engine.drawing import Live, accepted, draw
 from muster.serve.engine.runner import Runner
 from muster.serve.engine.scheduler import Scheduler, Work
 from muster.serve.engine.sequence import Sequence as Scheduled
-from muster.serve.engine.speculation import Asked, Drafter, Gain
+from muster.serve.engine.speculation import FREE, Asked, Drafter, Gain
 from muster.serve.guide import Guides, Matcher
 from muster.serve.protocol import EngineError, Request, Stats, Token
 
@@ -166,7 +166,9 @@ class Core:
         guess = self._drafter is not None and (
             self._gain is None or self._gain.guesses(len(self._scheduler.running))
         )
-        plan = self._scheduler.plan(self._guesses() if guess else None)
+        drafts = self._guesses() if guess else None
+        drafting_s = time.perf_counter() - began
+        plan = self._scheduler.plan(drafts)
         self._outcome.admitted += [sequence.id for sequence in plan.admitted]
         if plan.works:
             self._steps += 1
@@ -180,7 +182,15 @@ class Core:
                 self._settle(group, logits)
             if self._gain is not None and all(work.stop - work.start == 1 for work in plan.works):
                 took = time.perf_counter() - began
-                self._gain.record(len(plan.works), guess, self._generated - before, took)
+                guesses = sum(len(work.draft) for work in plan.works)
+                self._gain.record(
+                    len(plan.works),
+                    guess,
+                    self._generated - before,
+                    took,
+                    drafting_s=drafting_s,
+                    guesses=guesses,
+                )
         return self._handed_over()
 
     def _rooted(self, salt: str) -> list[Key]:
@@ -190,11 +200,12 @@ class Core:
     def _guesses(self) -> dict[str, list[int]]:
         assert self._drafter is not None
         asked = []
+        price = FREE if self._gain is None else self._gain.price(len(self._scheduler.running))
         for sequence in self._scheduler.running:
             live = self._live[sequence.id]
             room = live.request.params.max_tokens - live.generated - 1
             if live.guessed and sequence.missing == 1 and room > 0:
-                asked.append(Asked(sequence, live.request.params, live.seed, room))
+                asked.append(Asked(sequence, live.request.params, live.seed, room, price))
         try:
             return self._drafter.propose(asked) if asked else {}
         except Exception as error:  # worth a line, not a request

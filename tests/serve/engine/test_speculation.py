@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+
+from muster.serve.engine.blocks import root
+from muster.serve.engine.drafters import NgramDrafter
+from muster.serve.engine.sequence import Sequence
+from muster.serve.engine.speculation import FREE, GUESSES, Asked, Gain, Hits, Price
+from muster.serve.protocol import SamplingParams
+
+
+def asked(tokens: list[int], *, price: Price = FREE, room: int = 99) -> Asked:
+    sequence = Sequence(id="a", arrival=0, tokens=tokens, prompt_tokens=len(tokens), root=root("test"))
+    return Asked(sequence, SamplingParams(max_tokens=99), 0, room, price)
+
+
+def test_hits_are_learned_up_to_the_first_wrong_guess() -> None:
+    hits = Hits()
+    assert hits.share("new") == 0.5
+    assert hits.compare(["a", "b", "c"], [1, 2, 3], [1, 9, 3]) == 1
+    assert hits.share("a") > 0.5 > hits.share("b")
+    assert hits.share("c") == 0.5, "what follows a wrong guess says nothing"
+    assert hits.compare(["a", "b", "c"], [1, 2, 3], [1, 2]) == 2, "the third has not been answered yet"
+    for number in range(1000):
+        hits.compare(["three in four"], [number % 4], [min(number % 4, 2)])
+    assert hits.share("three in four") == pytest.approx(0.75, abs=0.03)
+    for _ in range(200):
+        hits.compare(["three in four"], [1], [2])
+    assert hits.share("three in four") < 0.1, "lately it was never right"
+
+
+def test_a_guess_costs_the_tokens_of_its_time() -> None:
+    gain = Gain()
+    assert gain.price(1) == FREE
+    for _ in range(50):
+        gain.record(1, False, tokens=1, seconds=0.010)
+        assert gain.price(1) == FREE, "what a row costs is not known from plain steps"
+    for _ in range(50):  # four guesses of 1 ms, and each adds 0.5 ms to the step that verifies it
+        gain.record(1, True, tokens=4, seconds=0.016, guesses=4, drafting_s=0.004)
+    assert gain.price(1) == Price(guess=pytest.approx(250 * 0.001), row=pytest.approx(250 * 0.0005))
+    for _ in range(50):  # nothing worth a guess was found: a plain step, whoever looked for some
+        gain.record(1, True, tokens=4, seconds=0.0161, drafting_s=0.0061)
+    assert gain.price(1).row == pytest.approx(4 / 0.0161 * 0.0005, rel=0.05)
+    assert gain.price(8) == FREE, "other numbers of sequences have costs of their own"
+
+
+def test_the_text_guesses_as_far_as_it_pays() -> None:
+    text = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 5, 6]
+    assert NgramDrafter().propose([asked(text)]) == {"a": text[2 : 2 + GUESSES]}
+    assert NgramDrafter().propose([asked(text, room=3)]) == {"a": [7, 8, 9]}
+    assert NgramDrafter().propose([asked(text, price=Price(row=0.2))]) == {"a": [7, 8]}, "1/2, 1/4, not 1/8"
+    assert NgramDrafter().propose([asked(text, price=Price(row=0.6))]) == {}
+    round_and_round = [1, 2, 3, 1, 2, 3, 1, 2]
+    assert NgramDrafter().propose([asked(round_and_round)]) == {"a": [3, 1, 2, 3, 1, 2, 3, 1]}
+    drafter = NgramDrafter()
+    for length in range(8, 60):
+        drafter.propose([asked([*range(40), *range(40)][:length])])
+    dear = asked([*range(40), *range(40)][:60], price=Price(row=0.6))
+    assert drafter.propose([dear]) == {"a": list(range(20, 20 + GUESSES))}, "it has always been right"

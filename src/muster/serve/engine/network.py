@@ -24,9 +24,9 @@ from muster.serve.engine.batch import Batch, PagedCache, carry_out
 from muster.serve.engine.blocks import Chore
 from muster.serve.engine.hugepages import huge_bytes
 from muster.serve.engine.packed import PackedModel, pack_model
-from muster.serve.kernels.ops import Kernels, choose_kernels
+from muster.serve.kernels.ops import Kernels, Stack, choose_kernels
 from muster.serve.kernels.packing import Format
-from muster.serve.kernels.shape import KV, Heads, QKNorm, Rotation, row_bytes
+from muster.serve.kernels.shape import KV, Block, Heads, QKNorm, Rotation, row_bytes
 
 Total = Callable[[Tensor], Tensor]
 """The sum of x over the ranks that a layer is divided over."""
@@ -55,6 +55,7 @@ class TransformerNetwork:
         self._positions = None if positions is None else positions.to(kernels.device)
         adaptation = Adaptation(adapters, model.part, kernels)
         self._layers = [_Layer(model, kernels, layer, total, adaptation) for layer in model.part.layers]
+        self._stack = self._stacked()
         self._norm: _Norm | None = None
         if "head" in model.linears:
             self._norm = _Norm(model, kernels, "norm")
@@ -117,6 +118,8 @@ class TransformerNetwork:
     def through(self, batch: Batch, cache: PagedCache, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, E) through the layers: what comes out of the last one, and what is still to be added to it."""
         rotation = rotation_at(self.spec, batch.positions) if self.spec.positions == "rope" else None
+        if self._stack is not None and not len(batch.adapted):
+            return x, self._stack(x, rotation, batch, cache)
         spans = [(adapter, slice(first, end)) for adapter, first, end in batch.adapted.tolist()]
         residual: Tensor | None = None  # added to x by the next norm, which reads both anyhow
         for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
@@ -134,6 +137,13 @@ class TransformerNetwork:
     def scored(self, hidden: Tensor) -> Tensor:
         """fp32 logits of last hidden states (W, E), of the tokens that are here."""
         return self._head(hidden)
+
+    def _stacked(self) -> Stack | None:
+        """All layers in one call, where nothing of ours comes between a layer's operations."""
+        blocks = [block for layer in self._layers if (block := layer.block()) is not None]
+        if self.part.ranks > 1 or not blocks or len(blocks) < len(self._layers):
+            return None
+        return self._kernels.stack(blocks)
 
 
 class _Layer:
@@ -167,8 +177,7 @@ class _Layer:
         else:
             gated = spec.mlp == "swiglu"
             up = linear("gate_up", ({"mlp.gate": spec.ffn} if gated else {}) | {"mlp.up": spec.ffn})
-            activation = kernels.swiglu if gated else partial(F.gelu, approximate="tanh")
-            self._mlp = _MLP(up, activation, linear("down", {"mlp.down": spec.width}))
+            self._mlp = _MLP(kernels, gated, up, linear("down", {"mlp.down": spec.width}))
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, rotation: Rotation | None, batch: Batch, spans: Spans,
@@ -180,32 +189,51 @@ class _Layer:
         residual = self._total(self._o(attended, spans))
         return self._total(self._mlp(self._mlp_norm(x, residual), spans))
 
+    def block(self) -> Block | None:
+        """The same as data, without adapters; None where norms or feed-forward are of another kind."""
+        mlp, attention_norm, mlp_norm = self._mlp, self._attention_norm, self._mlp_norm
+        rms = attention_norm.bias is None and mlp_norm.bias is None
+        if not rms or not isinstance(mlp, _MLP) or not mlp.gated:
+            return None
+        return Block(
+            heads=self._heads,
+            eps=attention_norm.eps,
+            attention_norm=attention_norm.weight,
+            mlp_norm=mlp_norm.weight,
+            qk_norm=self._qk_norm,
+            qkv=self._qkv.base,
+            o=self._o.base,
+            gate_up=mlp.up.base,
+            down=mlp.down.base,
+        )
+
 
 class _MLP:
     """down(activation(up x)), where `up` may be gate and up."""
 
-    def __init__(self, up: AdaptedLinear, activation: Linear, down: AdaptedLinear) -> None:
-        self._up, self._activation, self._down = up, activation, down
+    def __init__(self, kernels: Kernels, gated: bool, up: AdaptedLinear, down: AdaptedLinear) -> None:
+        self.gated, self.up, self.down = gated, up, down
+        self._activation: Linear = kernels.swiglu if gated else partial(F.gelu, approximate="tanh")
 
     def __call__(self, x: Tensor, spans: Spans) -> Tensor:
-        return self._down(self._activation(self._up(x, spans)), spans)
+        return self.down(self._activation(self.up(x, spans)), spans)
 
 
 class _Norm:
     """x (N, E) += residual in place, and the norm of that."""
 
     def __init__(self, model: PackedModel, kernels: Kernels, name: str) -> None:
-        self._kernels, self._eps = kernels, model.spec.norm_eps
-        self._weight = model.tensors[f"{name}.weight"].to(kernels.device)
+        self._kernels, self.eps = kernels, model.spec.norm_eps
+        self.weight = model.tensors[f"{name}.weight"].to(kernels.device)
         bias = model.tensors.get(f"{name}.bias")
-        self._bias = None if bias is None else bias.to(kernels.device)
+        self.bias = None if bias is None else bias.to(kernels.device)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if self._bias is None:
-            return self._kernels.add_norm(x, residual, self._weight, self._eps)
+        if self.bias is None:
+            return self._kernels.add_norm(x, residual, self.weight, self.eps)
         if residual is not None:
             x.add_(residual)
-        return F.layer_norm(x.float(), self._weight.shape, self._weight, self._bias, self._eps).to(x.dtype)
+        return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps).to(x.dtype)
 
 
 def _experts(model: PackedModel, kernels: Kernels, at: str) -> Linear:

@@ -5,7 +5,7 @@ N new tokens, H heads, K kv heads, D head dim, E width, F ffn. `reference.py` is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -17,7 +17,15 @@ from muster.serve.kernels.build import Unavailable, load_library
 from muster.serve.kernels.native import Native
 from muster.serve.kernels.packing import Weights
 from muster.serve.kernels.reference import Reference
-from muster.serve.kernels.shape import Heads, QKNorm, Rotation
+from muster.serve.kernels.shape import Block, Heads, QKNorm, Rotation
+
+
+class Stack(Protocol):
+    """All layers of a network in one call, and the same bits as from one operation after the other."""
+
+    def __call__(self, x: Tensor, rotation: Rotation | None, batch: Batch, cache: PagedCache) -> Tensor:
+        """x (N, E) through the layers, in place, of a batch that has been checked; what is still to be added to it."""
+        ...
 
 
 class Kernels(Protocol):
@@ -38,6 +46,8 @@ class Kernels(Protocol):
     ) -> None: ...  # fmt: skip
 
     def attend(self, qkv: Tensor, heads: Heads, batch: Batch, keys: Tensor, values: Tensor) -> Tensor: ...
+
+    def stack(self, blocks: Sequence[Block]) -> Stack | None: ...
 
     def check(self, batch: Batch, cache: PagedCache, vocabulary: int) -> None: ...
 

@@ -1,7 +1,8 @@
-"""What attention's operations have to know besides tensors."""
+"""What operations have to know besides tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +23,10 @@ class Heads:
     def group(self) -> int:
         """Query heads that share a kv head."""
         return self.heads // self.kv_heads
+
+    @property
+    def columns(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.dim
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,3 +52,19 @@ def row_bytes(dim: int, number_bytes: int, kv: KV | None) -> int:
 
 Rotation = tuple["Tensor", "Tensor"]
 """Cosines and sines (N, D) fp32 of the new tokens; the halves of D are the same."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """A layer of attention and SwiGLU with RMSNorms; its linear layers are those that `Kernels.linear` returned."""
+
+    heads: Heads
+    eps: float
+    attention_norm: Tensor
+    """(E,) fp32."""
+    mlp_norm: Tensor
+    qk_norm: QKNorm | None
+    qkv: Callable[[Tensor], Tensor]
+    o: Callable[[Tensor], Tensor]
+    gate_up: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from muster.serve.engine.packed import PackedModel, pack_model
 from muster.serve.engine.part import Part, load_part
 from muster.serve.kernels.native import Native
 from muster.serve.kernels.packing import Format
-from muster.serve.kernels.shape import KV, Block, Heads
+from muster.serve.kernels.shape import KV, Heads, Trunk
 from tests.serve.kernels.ragged import ragged, random_table
 from tests.serve.kernels.test_network import BLOCK_TOKENS, SCHEDULE, model_of, stepwise
 
@@ -30,7 +29,7 @@ COMPUTED: list[tuple[Format, torch.dtype]] = [
 class OneByOne(Native):
     """Without a stack."""
 
-    def stack(self, blocks: Sequence[Block]) -> None:
+    def stack(self, trunk: Trunk) -> None:
         return None
 
 
@@ -77,10 +76,10 @@ def test_the_same_bits(
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_more_rows_than_before(threads: int, tmp_path: Path, library: ctypes.CDLL) -> None:
-    """What lies between operations is kept from call to call, and grows in the middle of other calls."""
+def test_more_rows_and_positions_than_before(threads: int, tmp_path: Path, library: ctypes.CDLL) -> None:
+    """What lies between operations is kept from call to call, and grows; so do the angles of positions."""
     packed = pack_model(model_of("llama", tmp_path), "int8")
-    table = random_table(1, 700, 16)
+    table = random_table(1, 1400, 16)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -89,9 +88,10 @@ def test_more_rows_than_before(threads: int, tmp_path: Path, library: ctypes.CDL
             network = TransformerNetwork(packed, kernels)
             cache = network.new_cache(table.numel(), 16)
             parts = []
-            for start, end in ((0, 1), (1, 40), (40, 41), (41, 600), (600, 601), (601, 700)):
+            for start, end in ((0, 1), (1, 40), (40, 41), (41, 600), (600, 601), (601, 1400)):
                 tokens = torch.arange(end) % 131
-                parts.append(network.logits(ragged([tokens], [end - start], table, 16), cache))
+                known = table[:, : -(-end // 16)].contiguous()
+                parts.append(network.logits(ragged([tokens], [end - start], known, 16), cache))
             results.append(torch.cat(parts))
     finally:
         torch.set_num_threads(before)

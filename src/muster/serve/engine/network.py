@@ -26,7 +26,7 @@ from muster.serve.engine.hugepages import huge_bytes
 from muster.serve.engine.packed import PackedModel, pack_model
 from muster.serve.kernels.ops import Kernels, Stack, choose_kernels
 from muster.serve.kernels.packing import Format
-from muster.serve.kernels.shape import KV, Block, Heads, QKNorm, Rotation, row_bytes
+from muster.serve.kernels.shape import KV, Block, Heads, QKNorm, Rotation, Trunk, row_bytes
 
 Total = Callable[[Tensor], Tensor]
 """The sum of x over the ranks that a layer is divided over."""
@@ -55,11 +55,12 @@ class TransformerNetwork:
         self._positions = None if positions is None else positions.to(kernels.device)
         adaptation = Adaptation(adapters, model.part, kernels)
         self._layers = [_Layer(model, kernels, layer, total, adaptation) for layer in model.part.layers]
-        self._stack = self._stacked()
         self._norm: _Norm | None = None
+        self._head: Linear | None = None
         if "head" in model.linears:
             self._norm = _Norm(model, kernels, "norm")
             self._head = kernels.linear(model.linears["head"], torch.float32)
+        self._stack = self._stacked()
 
     @classmethod
     def of(
@@ -89,11 +90,17 @@ class TransformerNetwork:
     @torch.inference_mode()
     def logits(self, batch: Batch, cache: PagedCache) -> Tensor:
         """fp32 logits (W, V) of the wanted rows, after writing the batch's keys and values into the cache."""
-        return self.scored(self.last_hidden(batch, cache))
+        if self._stack is not None and self._stack.whole and not len(batch.adapted):
+            self.check(batch, cache)
+            return self._stack.logits(batch, cache)
+        return self.scored(self._last_hidden(batch, cache))
 
     @torch.inference_mode()
     def last_hidden(self, batch: Batch, cache: PagedCache) -> Tensor:
         """The last hidden states (W, E) of the wanted rows, after the final norm."""
+        return self._last_hidden(batch, cache)
+
+    def _last_hidden(self, batch: Batch, cache: PagedCache) -> Tensor:
         batch = batch.to(self.device)
         self.check(batch, cache)
         return self.final(batch, *self.through(batch, cache, self.embedded(batch)))
@@ -117,9 +124,9 @@ class TransformerNetwork:
 
     def through(self, batch: Batch, cache: PagedCache, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, E) through the layers: what comes out of the last one, and what is still to be added to it."""
-        rotation = rotation_at(self.spec, batch.positions) if self.spec.positions == "rope" else None
         if self._stack is not None and not len(batch.adapted):
-            return x, self._stack(x, rotation, batch, cache)
+            return x, self._stack.through(batch, cache, x)
+        rotation = rotation_at(self.spec, batch.positions) if self.spec.positions == "rope" else None
         spans = [(adapter, slice(first, end)) for adapter, first, end in batch.adapted.tolist()]
         residual: Tensor | None = None  # added to x by the next norm, which reads both anyhow
         for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
@@ -136,14 +143,23 @@ class TransformerNetwork:
 
     def scored(self, hidden: Tensor) -> Tensor:
         """fp32 logits of last hidden states (W, E), of the tokens that are here."""
+        assert self._head is not None
         return self._head(hidden)
 
     def _stacked(self) -> Stack | None:
-        """All layers in one call, where nothing of ours comes between a layer's operations."""
+        """All in one call, where nothing of ours comes between a layer's operations."""
         blocks = [block for layer in self._layers if (block := layer.block()) is not None]
-        if self.part.ranks > 1 or not blocks or len(blocks) < len(self._layers):
+        if self.part.ranks > 1 or self.spec.positions != "rope" or len(blocks) < len(self._layers):
             return None
-        return self._kernels.stack(blocks)
+        trunk = Trunk(
+            spec=self.spec,
+            heads=self._layers[0].heads,
+            blocks=blocks,
+            embed=self._embed,
+            norm=None if self._norm is None else self._norm.weight,
+            head=self._head,
+        )
+        return self._kernels.stack(trunk)
 
 
 class _Layer:
@@ -154,7 +170,7 @@ class _Layer:
     ) -> None:
         spec, at = model.spec, f"layers.{layer}"
         self._kernels, self._total = kernels, total
-        self._heads = Heads(heads=spec.heads, kv_heads=spec.kv_heads, dim=spec.head_dim, window=spec.window)
+        self.heads = Heads(heads=spec.heads, kv_heads=spec.kv_heads, dim=spec.head_dim, window=spec.window)
         self._qk_norm: QKNorm | None = None
         if spec.qk_norm:
             q, k = (model.tensors[f"{at}.{name}_norm.weight"].to(kernels.device) for name in "qk")
@@ -184,8 +200,8 @@ class _Layer:
         keys: Tensor, values: Tensor,
     ) -> Tensor:  # fmt: skip
         qkv = self._qkv(self._attention_norm(x, residual), spans)  # (N, (H + 2 K) D)
-        self._kernels.rotate_store(qkv, self._heads, rotation, self._qk_norm, batch.slots, keys, values)
-        attended = self._kernels.attend(qkv, self._heads, batch, keys, values)
+        self._kernels.rotate_store(qkv, self.heads, rotation, self._qk_norm, batch.slots, keys, values)
+        attended = self._kernels.attend(qkv, self.heads, batch, keys, values)
         residual = self._total(self._o(attended, spans))
         return self._total(self._mlp(self._mlp_norm(x, residual), spans))
 
@@ -196,8 +212,6 @@ class _Layer:
         if not rms or not isinstance(mlp, _MLP) or not mlp.gated:
             return None
         return Block(
-            heads=self._heads,
-            eps=attention_norm.eps,
             attention_norm=attention_norm.weight,
             mlp_norm=mlp_norm.weight,
             qk_norm=self._qk_norm,

@@ -7,7 +7,6 @@ for what each one means.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Tensor
 from muster.serve.engine.batch import Batch, PagedCache
 from muster.serve.kernels.packing import Weights, pack
 from muster.serve.kernels.pointers import FLOATS, checked, checked_fp32, checked_pages, pointer
-from muster.serve.kernels.shape import Block, Heads, QKNorm, Rotation
+from muster.serve.kernels.shape import Heads, Linear, QKNorm, Rotation, Trunk
 from muster.serve.kernels.stack import NativeStack
 
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -28,7 +27,8 @@ _SIGNATURES = {
     "swiglu": [_P] * 2 + [_I] * 4,
     "rotate_store": [_P] * 5 + [_D] + [_P] * 3 + [_I] * 8,
     "attend": [_P] * 7 + [_I] * 10,
-    "layers": [_P] * 10 + [_I] * 4,
+    "layers": [_P] * 5,
+    "logits": [_P] * 4,
     "check_batch": [_P] * 6 + [_I] * 7,
 }
 _BROKEN_RULES = (
@@ -165,16 +165,17 @@ class Native:
         )  # fmt: skip
         return out
 
-    def stack(self, blocks: Sequence[Block]) -> NativeStack | None:
-        layers = []
-        for block in blocks:
-            linears = [block.qkv, block.o, block.gate_up, block.down]
-            weights = [one.weights for one in linears if isinstance(one, NativeLinear)]
-            assert len(weights) == len(linears)
-            if any(one.format in ("fp32", "bf16") and one.padded != one.inputs for one in weights):
-                return None  # their activations are filled up in between
-            layers.append((block, weights))
-        return NativeStack(self._library.layers, layers, self.compute)
+    def stack(self, trunk: Trunk) -> NativeStack | None:
+        def weights(linear: Linear) -> Weights:
+            assert isinstance(linear, NativeLinear)
+            return linear.weights
+
+        layers = [(block, [weights(one) for one in block.linears]) for block in trunk.blocks]
+        head = None if trunk.head is None else weights(trunk.head)
+        every = [one for _, linears in layers for one in linears] + ([] if head is None else [head])
+        if any(one.format in ("fp32", "bf16") and one.padded != one.inputs for one in every):
+            return None  # their activations would have to be filled up
+        return NativeStack(self._library, trunk, layers, head, self.compute)
 
     def check(self, batch: Batch, cache: PagedCache, vocabulary: int) -> None:
         """Refuse (IndexError) a batch that does not stay within its cache: the kernels take its word for it."""

@@ -5,7 +5,7 @@ N new tokens, H heads, K kv heads, D head dim, E width, F ffn. `reference.py` is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -17,14 +17,21 @@ from muster.serve.kernels.build import Unavailable, load_library
 from muster.serve.kernels.native import Native
 from muster.serve.kernels.packing import Weights
 from muster.serve.kernels.reference import Reference
-from muster.serve.kernels.shape import Block, Heads, QKNorm, Rotation
+from muster.serve.kernels.shape import Heads, QKNorm, Rotation, Trunk
 
 
 class Stack(Protocol):
-    """All layers of a network in one call, and the same bits as from one operation after the other."""
+    """A trunk in one call, and the same bits as from one operation after the other. Batches have been checked."""
 
-    def __call__(self, x: Tensor, rotation: Rotation | None, batch: Batch, cache: PagedCache) -> Tensor:
-        """x (N, E) through the layers, in place, of a batch that has been checked; what is still to be added to it."""
+    whole: bool
+    """Whether it is all there, so that there are logits."""
+
+    def through(self, batch: Batch, cache: PagedCache, x: Tensor) -> Tensor:
+        """x (N, E) through the layers, in place; returns what is still to be added to it."""
+        ...
+
+    def logits(self, batch: Batch, cache: PagedCache) -> Tensor:
+        """fp32 (W, V) of the wanted rows."""
         ...
 
 
@@ -47,7 +54,7 @@ class Kernels(Protocol):
 
     def attend(self, qkv: Tensor, heads: Heads, batch: Batch, keys: Tensor, values: Tensor) -> Tensor: ...
 
-    def stack(self, blocks: Sequence[Block]) -> Stack | None: ...
+    def stack(self, trunk: Trunk) -> Stack | None: ...
 
     def check(self, batch: Batch, cache: PagedCache, vocabulary: int) -> None: ...
 

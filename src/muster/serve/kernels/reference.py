@@ -5,8 +5,6 @@ N new tokens, S sequences, H heads, K kv heads, D head dim, E width, F ffn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +14,7 @@ from muster.model.rope import rotate
 from muster.serve.engine.batch import Batch, PagedCache
 from muster.serve.kernels.packing import Weights, mixed, stored_floats, unpack
 from muster.serve.kernels.pages import from_rows, to_rows
-from muster.serve.kernels.shape import Block, Heads, QKNorm, Rotation
+from muster.serve.kernels.shape import Heads, QKNorm, Rotation, Trunk
 
 
 class ReferenceLinear:
@@ -115,7 +113,7 @@ class Reference:
             out[new] = _attend_padded(q[new][None], table, length, heads, keys, values)[0]
         return out.flatten(1)
 
-    def stack(self, blocks: Sequence[Block]) -> None:
+    def stack(self, trunk: Trunk) -> None:
         """None: there is nothing better than one operation after the other."""
 
     def check(self, batch: Batch, cache: PagedCache, vocabulary: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from muster.model.spec import TransformerSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,17 +56,38 @@ Rotation = tuple["Tensor", "Tensor"]
 """Cosines and sines (N, D) fp32 of the new tokens; the halves of D are the same."""
 
 
+Linear = Callable[["Tensor"], "Tensor"]
+"""What `Kernels.linear` returned."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """A layer of attention and SwiGLU with RMSNorms; its linear layers are those that `Kernels.linear` returned."""
+    """A layer of attention and SwiGLU with RMSNorms."""
 
-    heads: Heads
-    eps: float
     attention_norm: Tensor
     """(E,) fp32."""
     mlp_norm: Tensor
     qk_norm: QKNorm | None
-    qkv: Callable[[Tensor], Tensor]
-    o: Callable[[Tensor], Tensor]
-    gate_up: Callable[[Tensor], Tensor]
-    down: Callable[[Tensor], Tensor]
+    qkv: Linear
+    o: Linear
+    gate_up: Linear
+    down: Linear
+
+    @property
+    def linears(self) -> Sequence[Linear]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trunk:
+    """What `Kernels.stack` makes one call of: layers, and where it is all here what stands before and behind them."""
+
+    spec: TransformerSpec
+    """With rotary positions; sizes are those of what is here."""
+    heads: Heads
+    blocks: Sequence[Block]
+    embed: Tensor | None
+    """(V, E)."""
+    norm: Tensor | None
+    """(E,) fp32."""
+    head: Linear | None

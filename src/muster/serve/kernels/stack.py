@@ -1,4 +1,4 @@
-"""All layers of a network in one call of C++ (`cpp/layers.cpp`), whose structures are filled in here.
+"""A network's layers in one call of C++, and all of a network that has embedding and head; `cpp/layers.cpp` computes.
 
 What does not change from step to step is checked once: weights when the stack is made, pages when it first meets a
 cache. A step then checks what it is given once, and not once for each operation.
@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from muster.model.rope import rotation_at
 from muster.serve.engine.batch import Batch, PagedCache
 from muster.serve.kernels.packing import Weights
 from muster.serve.kernels.pointers import checked, checked_fp32, checked_pages, pointer
-from muster.serve.kernels.shape import Block, Rotation
+from muster.serve.kernels.shape import Block, Trunk
 
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _FORMATS = {"fp32": 0, "bf16": 0, "int8": 1, "int4": 2}
+_FEWEST_POSITIONS = 1024
 
 
 class _Linear(ctypes.Structure):
@@ -38,7 +41,7 @@ class _Layer(ctypes.Structure):
 class _Stack(ctypes.Structure):
     _fields_ = (
         ("layers", _P), ("count", _I), ("width", _I), ("heads", _I), ("kv_heads", _I), ("dim", _I), ("window", _I),
-        ("narrow", _I),
+        ("narrow", _I), ("cos", _P), ("sin", _P), ("embed", _P), ("norm", _P), ("eps", _D), ("head", _Linear),
     )  # fmt: skip
 
 
@@ -46,72 +49,99 @@ class _Cache(ctypes.Structure):
     _fields_ = (("keys", _P), ("values", _P), ("block_tokens", _I), ("quantized", _I))
 
 
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        ("tokens", _P), ("slots", _P), ("starts", _P), ("lengths", _P), ("table", _P), ("wanted", _P), ("rows", _I),
+        ("sequences", _I), ("table_width", _I), ("wanted_rows", _I), ("threads", _I),
+    )  # fmt: skip
+
+
+class Functions(Protocol):
+    """The two of `layers.cpp`."""
+
+    @property
+    def layers(self) -> Callable[..., Any]: ...
+
+    @property
+    def logits(self) -> Callable[..., Any]: ...
+
+
 class NativeStack:
-    """Layers, each with the packed weights of its qkv, o, gate and up, and down, in that order."""
+    """A trunk, given with the packed weights of its blocks' linear layers and of its head."""
 
     def __init__(
         self,
-        function: Callable[..., None],
+        functions: Functions,
+        trunk: Trunk,
         layers: Sequence[tuple[Block, Sequence[Weights]]],
+        head: Weights | None,
         compute: torch.dtype,
     ) -> None:
-        first = layers[0][0]
-        self._function, self._kept, self._compute = function, layers, compute
-        self._heads, self._width = first.heads, layers[0][1][0].inputs
+        spec, heads = trunk.spec, trunk.heads
+        self.whole = trunk.embed is not None and head is not None
+        self._functions, self._spec, self._heads, self._compute = functions, spec, heads, compute
+        self._kept = trunk, layers, head
+        """Whose memory the structures point to."""
         self._layers = (_Layer * len(layers))(*(self._layer(*layer) for layer in layers))
         self._stack = _Stack(
-            ctypes.addressof(self._layers), len(layers), self._width, first.heads.heads, first.heads.kv_heads,
-            first.heads.dim, first.heads.window or 0, compute == torch.bfloat16,
+            ctypes.addressof(self._layers), len(layers), spec.width, heads.heads, heads.kv_heads, heads.dim,
+            heads.window or 0, compute == torch.bfloat16, eps=spec.norm_eps,
         )  # fmt: skip
+        if trunk.embed is not None and trunk.norm is not None and head is not None:
+            vocab = head.features
+            checked_fp32(trunk.norm, spec.width)
+            if checked(trunk.embed, spec.width, exact=True).dtype != compute or head.inputs != spec.width:
+                raise TypeError(f"embedding and head are not of width {spec.width} in {compute}")
+            self._stack.embed, self._stack.norm = trunk.embed.data_ptr(), trunk.norm.data_ptr()
+            self._stack.head, self._vocab = self._linear(head), vocab
+        self._positions = 0
+        """Of which there are angles."""
         self._cache: PagedCache | None = None
 
-    def __call__(self, x: Tensor, rotation: Rotation | None, batch: Batch, cache: PagedCache) -> Tensor:
-        checked(x, self._width, exact=True)
-        rows, slots, table = len(x), batch.slots, batch.table
-        if x.dtype != self._compute or slots.shape != (rows,) or slots.dtype != torch.int64:
-            raise TypeError(f"expected {self._compute} and a slot a row, got {x.dtype} and {slots.shape}")
-        cos, sin = (None, None) if rotation is None else rotation
-        for angles in (cos, sin):
-            if angles is not None:
-                checked_fp32(angles, self._heads.dim)
-                assert len(angles) == rows
-        if cache is not self._cache:
-            self._meet(cache)
+    def through(self, batch: Batch, cache: PagedCache, x: Tensor) -> Tensor:
+        checked(x, self._spec.width, exact=True)
+        if x.dtype != self._compute or len(x) != len(batch.slots):
+            raise TypeError(f"expected {len(batch.slots)} rows of {self._compute}, got {len(x)} of {x.dtype}")
         residual = torch.empty_like(x)
-        self._function(
-            ctypes.addressof(self._stack), ctypes.addressof(self._pages), x.data_ptr(), residual.data_ptr(),
-            pointer(cos), pointer(sin), slots.data_ptr(), batch.starts.data_ptr(), batch.lengths.data_ptr(),
-            table.data_ptr(), rows, len(table), table.shape[1], torch.get_num_threads(),
+        numbers = self._numbers(batch, cache)
+        self._functions.layers(
+            ctypes.addressof(self._stack), ctypes.addressof(self._pages), ctypes.addressof(numbers), x.data_ptr(),
+            residual.data_ptr(),
         )  # fmt: skip
         return residual
 
-    def _layer(self, block: Block, weights: Sequence[Weights]) -> _Layer:
-        """What C++ reads of one; TypeError where its sizes are not those of the others, or do not fit each other."""
-        heads, norm, (_, _, _, down) = self._heads, block.qk_norm, weights
-        shapes = [(one.inputs, one.features) for one in weights]
-        fitting = [
-            (self._width, heads.columns), (heads.heads * heads.dim, self._width), (self._width, 2 * down.inputs),
-            (down.inputs, self._width),
-        ]  # fmt: skip
-        if shapes != fitting or block.heads != heads:
-            raise TypeError(f"matrices of {shapes} are no layer of width {self._width} with {heads}")
-        for weight in (block.attention_norm, block.mlp_norm):
-            checked_fp32(weight, self._width)
-        for weight in () if norm is None else (norm.q, norm.k):
-            checked_fp32(weight, heads.dim)
-        q, k, qk_eps = (None, None, 0.0) if norm is None else (norm.q, norm.k, norm.eps)
-        return _Layer(
-            pointer(block.attention_norm), pointer(block.mlp_norm), pointer(q), pointer(k), block.eps, qk_eps,
-            *map(self._linear, weights),
+    def logits(self, batch: Batch, cache: PagedCache) -> Tensor:
+        assert self.whole
+        out = torch.empty(len(batch.wanted), self._vocab)
+        numbers = self._numbers(batch, cache)
+        self._functions.logits(
+            ctypes.addressof(self._stack),
+            ctypes.addressof(self._pages),
+            ctypes.addressof(numbers),
+            out.data_ptr(),
+        )
+        return out
+
+    def _numbers(self, batch: Batch, cache: PagedCache) -> _Batch:
+        """A batch as C++ reads it, over a cache that it knows and with angles for all positions there may be."""
+        if cache is not self._cache:
+            self._meet(cache)
+        rows, (sequences, pages) = len(batch.tokens), batch.table.shape
+        if pages * self._pages.block_tokens > self._positions:
+            self._reach(pages * self._pages.block_tokens)
+        return _Batch(
+            batch.tokens.data_ptr(), batch.slots.data_ptr(), batch.starts.data_ptr(), batch.lengths.data_ptr(),
+            batch.table.data_ptr(), batch.wanted.data_ptr(), rows, sequences, pages, len(batch.wanted),
+            torch.get_num_threads(),
         )  # fmt: skip
 
-    def _linear(self, weights: Weights) -> _Linear:
-        if weights.weight.is_floating_point() and weights.weight.dtype != self._compute:
-            raise TypeError(f"activations are {self._compute}, but the weights are {weights.weight.dtype}")
-        return _Linear(
-            _FORMATS[weights.format], pointer(weights.weight), pointer(weights.scale), pointer(weights.bias),
-            weights.inputs, weights.padded, weights.features, weights.group,
-        )  # fmt: skip
+    def _reach(self, positions: int) -> None:
+        """Have angles of so many positions, or up to twice as many: less than a hundredth of what their keys take."""
+        self._positions = max(_FEWEST_POSITIONS, 1 << (positions - 1).bit_length())
+        half = self._heads.dim // 2  # the other is the same
+        angles = rotation_at(self._spec, torch.arange(self._positions))
+        self._angles = [part[:, :half].contiguous() for part in angles]
+        self._stack.cos, self._stack.sin = (part.data_ptr() for part in self._angles)
 
     def _meet(self, cache: PagedCache) -> None:
         """Note where a cache's pages are; they stay there."""
@@ -124,3 +154,29 @@ class NativeStack:
             *map(ctypes.addressof, self._addresses), cache.block_tokens, cache.keys[0].dtype == torch.int8
         )
         self._cache = cache
+
+    def _layer(self, block: Block, weights: Sequence[Weights]) -> _Layer:
+        """What C++ reads of one; TypeError where its sizes do not fit."""
+        width, heads, norm = self._spec.width, self._heads, block.qk_norm
+        ffn = weights[-1].inputs
+        shapes = [(one.inputs, one.features) for one in weights]
+        fitting = [(width, heads.columns), (heads.heads * heads.dim, width), (width, 2 * ffn), (ffn, width)]
+        if shapes != fitting:
+            raise TypeError(f"matrices of {shapes} are no layer of width {width} with {heads}")
+        for weight in (block.attention_norm, block.mlp_norm):
+            checked_fp32(weight, width)
+        for weight in () if norm is None else (norm.q, norm.k):
+            checked_fp32(weight, heads.dim)
+        q, k, qk_eps = (None, None, 0.0) if norm is None else (norm.q, norm.k, norm.eps)
+        return _Layer(
+            pointer(block.attention_norm), pointer(block.mlp_norm), pointer(q), pointer(k), self._spec.norm_eps,
+            qk_eps, *map(self._linear, weights),
+        )  # fmt: skip
+
+    def _linear(self, weights: Weights) -> _Linear:
+        if weights.weight.is_floating_point() and weights.weight.dtype != self._compute:
+            raise TypeError(f"activations are {self._compute}, but the weights are {weights.weight.dtype}")
+        return _Linear(
+            _FORMATS[weights.format], pointer(weights.weight), pointer(weights.scale), pointer(weights.bias),
+            weights.inputs, weights.padded, weights.features, weights.group,
+        )  # fmt: skip

@@ -87,20 +87,17 @@ class TransformerNetwork:
     def prepare(self, chores: Sequence[Chore], cache: PagedCache) -> None:
         carry_out(chores, cache)
 
-    @torch.inference_mode()
     def logits(self, batch: Batch, cache: PagedCache) -> Tensor:
         """fp32 logits (W, V) of the wanted rows, after writing the batch's keys and values into the cache."""
         if self._stack is not None and self._stack.whole and not len(batch.adapted):
             self.check(batch, cache)
             return self._stack.logits(batch, cache)
-        return self.scored(self._last_hidden(batch, cache))
+        with torch.inference_mode():
+            return self.scored(self.last_hidden(batch, cache))
 
     @torch.inference_mode()
     def last_hidden(self, batch: Batch, cache: PagedCache) -> Tensor:
         """The last hidden states (W, E) of the wanted rows, after the final norm."""
-        return self._last_hidden(batch, cache)
-
-    def _last_hidden(self, batch: Batch, cache: PagedCache) -> Tensor:
         batch = batch.to(self.device)
         self.check(batch, cache)
         return self.final(batch, *self.through(batch, cache, self.embedded(batch)))

@@ -60,7 +60,8 @@ def make_batch(works: Sequence[Work], block_tokens: int) -> Batch:
             wanted += range(len(tokens) - 1 - len(work.draft), len(tokens))
     parts = (tokens, positions, slots, starts, lengths, wanted)
     numbers = table + array("q", [number for part in parts for number in part])
-    made = torch.split(torch.frombuffer(numbers, dtype=torch.int64), [len(table), *map(len, parts)])
+    sizes = [len(table), *map(len, parts)]
+    made = torch.frombuffer(numbers, dtype=torch.int64).split_with_sizes(sizes)
     return Batch(
         table=made[0].view(len(works), pages),
         tokens=made[1],

@@ -88,12 +88,13 @@ class NativeStack:
             heads.window or 0, compute == torch.bfloat16, eps=spec.norm_eps,
         )  # fmt: skip
         if trunk.embed is not None and trunk.norm is not None and head is not None:
-            vocab = head.features
+            shapes = [tuple(trunk.embed.shape), (head.features, head.inputs)]
+            if shapes != [(spec.vocab, spec.width)] * 2 or trunk.embed.dtype != compute:
+                raise TypeError(f"embedding and head of {shapes} are not those of {spec.vocab} tokens")
             checked_fp32(trunk.norm, spec.width)
-            if checked(trunk.embed, spec.width, exact=True).dtype != compute or head.inputs != spec.width:
-                raise TypeError(f"embedding and head are not of width {spec.width} in {compute}")
-            self._stack.embed, self._stack.norm = trunk.embed.data_ptr(), trunk.norm.data_ptr()
-            self._stack.head, self._vocab = self._linear(head), vocab
+            embed = checked(trunk.embed, spec.width, exact=True)
+            self._stack.embed, self._stack.norm = embed.data_ptr(), trunk.norm.data_ptr()
+            self._stack.head, self._vocab = self._linear(head), spec.vocab
         self._positions = 0
         """Of which there are angles."""
         self._cache: PagedCache | None = None
@@ -126,7 +127,7 @@ class NativeStack:
         """A batch as C++ reads it, over a cache that it knows and with angles for all positions there may be."""
         if cache is not self._cache:
             self._meet(cache)
-        rows, (sequences, pages) = len(batch.tokens), batch.table.shape
+        rows, (sequences, pages) = len(batch.slots), batch.table.shape
         if pages * self._pages.block_tokens > self._positions:
             self._reach(pages * self._pages.block_tokens)
         return _Batch(

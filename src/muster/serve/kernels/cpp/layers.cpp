@@ -3,8 +3,8 @@
 // have gone through the caches, every line of Python there costs several times what it does in a loop.
 //
 // What lies between two operations is in rooms that the thread keeps from call to call, of as many rows as its largest
-// step had: 2 width + max(width, H D, F) + max((H + 2 K) D, 2 F) numbers and 2 D angles a row,
-// and 3 width numbers a wanted row.
+// step had: 2 width + max(width, H D, F) + max((H + 2 K) D, 2 F) numbers and 2 D angles a row, and 3 width numbers a
+// wanted row.
 #include "operations.h"
 
 namespace {

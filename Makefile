@@ -33,6 +33,7 @@ bench: setup
 	$(BIN)/python benchmarks/muon.py --json benchmarks/results/muon.json
 	$(BIN)/python benchmarks/serve_kernels_cpu.py --json benchmarks/results/serve_kernels_m160.json
 	$(BIN)/python benchmarks/serve_kernels_cpu.py --shape 1b --prompt 64 --json benchmarks/results/serve_kernels_1b.json
+	$(BIN)/python benchmarks/serve_step_cpu.py --json benchmarks/results/serve_step_m160.json
 	$(BIN)/python benchmarks/serve_cpu.py --json benchmarks/results/serve_cpu.json
 	$(BIN)/python benchmarks/serve_cpu.py --prefix --shapes m160 --formats int8 int4 --rounds 1 --json benchmarks/results/serve_prefix.json
 	$(BIN)/python benchmarks/serve_speculation_cpu.py --json benchmarks/results/serve_speculation.json

@@ -69,7 +69,7 @@ def main() -> None:
         f"{'format':>6}{'batch':>7}{'decode tok/s':>14}{'step ms':>9}{'bandwidth':>11}{'prefill tok/s':>15}{'load':>7}"
     )
     torch.manual_seed(0)
-    model = materialize(spec, lambda name, shape: _random(name, shape), dtype=torch.bfloat16)
+    model = materialize(spec, random_weights, dtype=torch.bfloat16)
     rows = []
     for format in arguments.formats:
         rows += measure(model, format, arguments, bandwidth)
@@ -164,7 +164,7 @@ def read_bandwidth() -> float:
     return memory.nbytes / best
 
 
-def _random(name: str, shape: torch.Size) -> torch.Tensor:
+def random_weights(name: str, shape: torch.Size) -> torch.Tensor:
     return torch.ones(shape) if "norm" in name else torch.randn(shape) * 0.02
 
 

@@ -45,7 +45,7 @@ def sample(
     `positions` are the numbers of tokens that each row's sequence has generated before.
     """
     best, tokens = most_likely(logits)
-    sound, ids = best.isfinite().tolist(), tokens.tolist()
+    sound, ids = np.isfinite(best).tolist(), tokens.tolist()
     rows = [row for row, one in enumerate(params) if one.temperature >= GREEDY_BELOW and sound[row]]
     if rows:
         chosen = logits if len(rows) == len(params) else logits[rows]
@@ -60,22 +60,15 @@ def sample(
     return ids, sound
 
 
-def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum and argmax of each row (B, V); a nan in a row is its maximum. Faster than torch's own: 0.2 against
-    0.9 ms for 32 rows of 32,000."""
-    spans = logits.shape[1] // _SPAN
-    if spans < 32 or logits.device.type != "cpu":
+def most_likely(logits: Tensor) -> tuple[NDArray[np.float32], Ints]:
+    """Maximum and argmax of each row (B, V) fp32; a nan in a row is its maximum. On a CPU by numpy, which takes 2 us
+    for 32,000 logits where torch's argmax takes 40."""
+    if logits.device.type != "cpu":
         values, ids = logits.max(dim=-1)
-        return values, ids
-    head = _spans(logits, spans)
-    span = head.amax(dim=-1).argmax(dim=-1)  # (B,)
-    values, within = head[torch.arange(len(head)), span].max(dim=-1)
-    ids = span * _SPAN + within
-    if spans * _SPAN < logits.shape[1]:
-        rest, index = logits[:, spans * _SPAN :].max(dim=-1)
-        later = (rest > values) | rest.isnan()
-        values, ids = values.where(~later, rest), ids.where(~later, index + spans * _SPAN)
-    return values, ids
+        return values.numpy(force=True), ids.numpy(force=True)
+    exact = logits.numpy()
+    best: Ints = exact.argmax(axis=-1)
+    return exact[np.arange(len(best)), best], best
 
 
 def _spans(logits: Tensor, spans: int) -> Tensor:

@@ -43,7 +43,8 @@ def stepwise(
     table = random_table(3, tokens.shape[1], BLOCK_TOKENS)
     cache = cache or network.new_cache(table.numel(), BLOCK_TOKENS)
     for pages in cache.keys + cache.values:
-        pages.fill_(float("nan"))  # what was not written must not be read
+        # What was not written must not be read. Four bytes of -1 are a scale that is nan as well.
+        pages.fill_(float("nan") if pages.is_floating_point() else -1)
     logits = torch.full((*tokens.shape, network.spec.vocab), float("nan"))
     before = [0, 0, 0]
     for lengths in schedule:

@@ -27,10 +27,10 @@ class AdaptedLinear:
     """A layer of the model, and what each adapter adds to it, by the adapter's number."""
 
     def __init__(self, base: Linear, added: Mapping[int, Linear]) -> None:
-        self._base, self._added = base, added
+        self.base, self._added = base, added
 
     def __call__(self, x: Tensor, spans: Spans) -> Tensor:
-        out = self._base(x)
+        out = self.base(x)
         for adapter, rows in spans:
             if (added := self._added.get(adapter)) is not None:
                 out[rows] += added(x[rows])

@@ -7,7 +7,7 @@ step is one pass whatever it mixes. Shapes: N new tokens, S sequences, P pages a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from muster.errors import MusterError
 from muster.serve.engine.blocks import Chore, Copy
+
+NOBODY = torch.empty(0, 3, dtype=torch.int64)
+"""No rows of adapters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +39,7 @@ class Batch:
     """(S, P) each sequence's blocks in order, padded with 0."""
     wanted: Tensor
     """(W,) rows of the N whose logits are asked for."""
-    adapted: Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.int64))
+    adapted: Tensor = NOBODY
     """(A, 3) an adapter's number, counted from 1, and its rows: the first, and the one after the last. On the CPU."""
 
     @property
@@ -45,7 +48,9 @@ class Batch:
         return len(self.tokens) == len(self.lengths) == len(self.wanted) and not len(self.adapted)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on another device."""
+        """The same on a device."""
+        if self.tokens.device == torch.device(device):
+            return self
         names = ("tokens", "positions", "slots", "starts", "lengths", "table", "wanted")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 

@@ -24,9 +24,9 @@ from muster.serve.engine.batch import Batch, PagedCache, carry_out
 from muster.serve.engine.blocks import Chore
 from muster.serve.engine.hugepages import huge_bytes
 from muster.serve.engine.packed import PackedModel, pack_model
-from muster.serve.kernels.ops import Kernels, choose_kernels
+from muster.serve.kernels.ops import Kernels, Stack, choose_kernels
 from muster.serve.kernels.packing import Format
-from muster.serve.kernels.shape import KV, Heads, QKNorm, Rotation, row_bytes
+from muster.serve.kernels.shape import KV, Block, Heads, QKNorm, Rotation, Trunk, row_bytes
 
 Total = Callable[[Tensor], Tensor]
 """The sum of x over the ranks that a layer is divided over."""
@@ -56,9 +56,11 @@ class TransformerNetwork:
         adaptation = Adaptation(adapters, model.part, kernels)
         self._layers = [_Layer(model, kernels, layer, total, adaptation) for layer in model.part.layers]
         self._norm: _Norm | None = None
+        self._head: Linear | None = None
         if "head" in model.linears:
             self._norm = _Norm(model, kernels, "norm")
             self._head = kernels.linear(model.linears["head"], torch.float32)
+        self._stack = self._stacked()
 
     @classmethod
     def of(
@@ -85,10 +87,13 @@ class TransformerNetwork:
     def prepare(self, chores: Sequence[Chore], cache: PagedCache) -> None:
         carry_out(chores, cache)
 
-    @torch.inference_mode()
     def logits(self, batch: Batch, cache: PagedCache) -> Tensor:
         """fp32 logits (W, V) of the wanted rows, after writing the batch's keys and values into the cache."""
-        return self.scored(self.last_hidden(batch, cache))
+        if self._stack is not None and self._stack.whole and not len(batch.adapted):
+            self.check(batch, cache)
+            return self._stack.logits(batch, cache)
+        with torch.inference_mode():
+            return self.scored(self.last_hidden(batch, cache))
 
     @torch.inference_mode()
     def last_hidden(self, batch: Batch, cache: PagedCache) -> Tensor:
@@ -116,6 +121,8 @@ class TransformerNetwork:
 
     def through(self, batch: Batch, cache: PagedCache, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, E) through the layers: what comes out of the last one, and what is still to be added to it."""
+        if self._stack is not None and not len(batch.adapted):
+            return x, self._stack.through(batch, cache, x)
         rotation = rotation_at(self.spec, batch.positions) if self.spec.positions == "rope" else None
         spans = [(adapter, slice(first, end)) for adapter, first, end in batch.adapted.tolist()]
         residual: Tensor | None = None  # added to x by the next norm, which reads both anyhow
@@ -133,7 +140,23 @@ class TransformerNetwork:
 
     def scored(self, hidden: Tensor) -> Tensor:
         """fp32 logits of last hidden states (W, E), of the tokens that are here."""
+        assert self._head is not None
         return self._head(hidden)
+
+    def _stacked(self) -> Stack | None:
+        """All in one call, where nothing of ours comes between a layer's operations."""
+        blocks = [block for layer in self._layers if (block := layer.block()) is not None]
+        if self.part.ranks > 1 or self.spec.positions != "rope" or len(blocks) < len(self._layers):
+            return None
+        trunk = Trunk(
+            spec=self.spec,
+            heads=self._layers[0].heads,
+            blocks=blocks,
+            embed=self._embed,
+            norm=None if self._norm is None else self._norm.weight,
+            head=self._head,
+        )
+        return self._kernels.stack(trunk)
 
 
 class _Layer:
@@ -144,7 +167,7 @@ class _Layer:
     ) -> None:
         spec, at = model.spec, f"layers.{layer}"
         self._kernels, self._total = kernels, total
-        self._heads = Heads(heads=spec.heads, kv_heads=spec.kv_heads, dim=spec.head_dim, window=spec.window)
+        self.heads = Heads(heads=spec.heads, kv_heads=spec.kv_heads, dim=spec.head_dim, window=spec.window)
         self._qk_norm: QKNorm | None = None
         if spec.qk_norm:
             q, k = (model.tensors[f"{at}.{name}_norm.weight"].to(kernels.device) for name in "qk")
@@ -167,45 +190,61 @@ class _Layer:
         else:
             gated = spec.mlp == "swiglu"
             up = linear("gate_up", ({"mlp.gate": spec.ffn} if gated else {}) | {"mlp.up": spec.ffn})
-            activation = kernels.swiglu if gated else partial(F.gelu, approximate="tanh")
-            self._mlp = _MLP(up, activation, linear("down", {"mlp.down": spec.width}))
+            self._mlp = _MLP(kernels, gated, up, linear("down", {"mlp.down": spec.width}))
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, rotation: Rotation | None, batch: Batch, spans: Spans,
         keys: Tensor, values: Tensor,
     ) -> Tensor:  # fmt: skip
         qkv = self._qkv(self._attention_norm(x, residual), spans)  # (N, (H + 2 K) D)
-        self._kernels.rotate_store(qkv, self._heads, rotation, self._qk_norm, batch.slots, keys, values)
-        attended = self._kernels.attend(qkv, self._heads, batch, keys, values)
+        self._kernels.rotate_store(qkv, self.heads, rotation, self._qk_norm, batch.slots, keys, values)
+        attended = self._kernels.attend(qkv, self.heads, batch, keys, values)
         residual = self._total(self._o(attended, spans))
         return self._total(self._mlp(self._mlp_norm(x, residual), spans))
+
+    def block(self) -> Block | None:
+        """The same as data, without adapters; None where norms or feed-forward are of another kind."""
+        mlp, attention_norm, mlp_norm = self._mlp, self._attention_norm, self._mlp_norm
+        rms = attention_norm.bias is None and mlp_norm.bias is None
+        if not rms or not isinstance(mlp, _MLP) or not mlp.gated:
+            return None
+        return Block(
+            attention_norm=attention_norm.weight,
+            mlp_norm=mlp_norm.weight,
+            qk_norm=self._qk_norm,
+            qkv=self._qkv.base,
+            o=self._o.base,
+            gate_up=mlp.up.base,
+            down=mlp.down.base,
+        )
 
 
 class _MLP:
     """down(activation(up x)), where `up` may be gate and up."""
 
-    def __init__(self, up: AdaptedLinear, activation: Linear, down: AdaptedLinear) -> None:
-        self._up, self._activation, self._down = up, activation, down
+    def __init__(self, kernels: Kernels, gated: bool, up: AdaptedLinear, down: AdaptedLinear) -> None:
+        self.gated, self.up, self.down = gated, up, down
+        self._activation: Linear = kernels.swiglu if gated else partial(F.gelu, approximate="tanh")
 
     def __call__(self, x: Tensor, spans: Spans) -> Tensor:
-        return self._down(self._activation(self._up(x, spans)), spans)
+        return self.down(self._activation(self.up(x, spans)), spans)
 
 
 class _Norm:
     """x (N, E) += residual in place, and the norm of that."""
 
     def __init__(self, model: PackedModel, kernels: Kernels, name: str) -> None:
-        self._kernels, self._eps = kernels, model.spec.norm_eps
-        self._weight = model.tensors[f"{name}.weight"].to(kernels.device)
+        self._kernels, self.eps = kernels, model.spec.norm_eps
+        self.weight = model.tensors[f"{name}.weight"].to(kernels.device)
         bias = model.tensors.get(f"{name}.bias")
-        self._bias = None if bias is None else bias.to(kernels.device)
+        self.bias = None if bias is None else bias.to(kernels.device)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if self._bias is None:
-            return self._kernels.add_norm(x, residual, self._weight, self._eps)
+        if self.bias is None:
+            return self._kernels.add_norm(x, residual, self.weight, self.eps)
         if residual is not None:
             x.add_(residual)
-        return F.layer_norm(x.float(), self._weight.shape, self._weight, self._bias, self._eps).to(x.dtype)
+        return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps).to(x.dtype)
 
 
 def _experts(model: PackedModel, kernels: Kernels, at: str) -> Linear:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from muster.serve.engine.batch import Batch, Network, PagedCache
+from muster.serve.engine.batch import NOBODY, Batch, Network, PagedCache
 from muster.serve.engine.blocks import Chore
 from muster.serve.engine.scheduler import Work
 
@@ -41,50 +39,47 @@ class Runner:
 
 
 def make_batch(works: Sequence[Work], block_tokens: int) -> Batch:
-    """The tensors of some works, on the CPU."""
+    """The tensors of some works, on the CPU: views of one array, as each of its own would cost as much again."""
     tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    starts, lengths = [0], [work.start + work.rows for work in works]
     wanted: list[int] = []
-    for work in works:
+    pages = -(-max(lengths) // block_tokens)
+    table, padding = array("q"), array("q", bytes(8 * pages))
+    for work, length in zip(works, lengths, strict=True):
+        blocks, new = work.sequence.blocks, range(work.start, length)
         tokens += work.sequence.tokens[work.start : work.stop]
-        first = len(tokens) - 1
         tokens += work.draft
+        positions += new
+        slots += [blocks[at // block_tokens] * block_tokens + at % block_tokens for at in new]
+        starts.append(len(tokens))
+        table += blocks[:pages]
+        table += padding[: max(0, pages - len(blocks))]
         if work.draws:
-            wanted += range(first, len(tokens))
-    rows = np.array([work.rows for work in works], dtype=np.int64)  # (S,)
-    firsts = np.array([work.start for work in works], dtype=np.int64)
-    starts = np.zeros(len(works) + 1, dtype=np.int64)
-    rows.cumsum(out=starts[1:])
-    lengths = firsts + rows
-    owners = [work.sequence.adapter for work in works]
-    pages = -(-int(lengths.max()) // block_tokens)
-    blocks, padding = array("q"), array("q", bytes(8 * pages))
-    for work in works:
-        blocks += work.sequence.blocks[:pages]
-        blocks += padding[: max(0, pages - len(work.sequence.blocks))]
-    table = np.frombuffer(blocks, dtype=np.int64).reshape(len(works), pages)  # (S, P)
-    owner = np.repeat(np.arange(len(works)), rows)  # (N,) whose each token is
-    positions = np.arange(len(tokens)) - (starts[:-1] - firsts)[owner]
-    slots = table[owner, positions // block_tokens] * block_tokens + positions % block_tokens
-    arrays = (np.array(tokens, dtype=np.int64), positions, slots, starts, lengths, table)
-    made = [torch.from_numpy(one) for one in (*arrays, np.array(wanted, dtype=np.int64))]
+            wanted += range(len(tokens) - 1 - len(work.draft), len(tokens))
+    parts = (tokens, positions, slots, starts, lengths, wanted)
+    numbers = table + array("q", [number for part in parts for number in part])
+    sizes = [len(table), *map(len, parts)]
+    made = torch.frombuffer(numbers, dtype=torch.int64).split_with_sizes(sizes)
     return Batch(
-        adapted=_adapted(owners, starts),
-        tokens=made[0],
-        positions=made[1],
-        slots=made[2],
-        starts=made[3],
-        lengths=made[4],
-        table=made[5],
+        table=made[0].view(len(works), pages),
+        tokens=made[1],
+        positions=made[2],
+        slots=made[3],
+        starts=made[4],
+        lengths=made[5],
         wanted=made[6],
+        adapted=_adapted(works, starts),
     )
 
 
-def _adapted(adapters: Sequence[int], starts: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
+def _adapted(works: Sequence[Work], starts: Sequence[int]) -> Tensor:
     """(A, 3) runs of works with the same adapter: its number and their rows."""
     runs: list[tuple[int, int, int]] = []
     end = 0
-    for adapter, group in groupby(adapters):
+    for adapter, group in groupby(works, lambda work: work.sequence.adapter):
         first, end = end, end + len(list(group))
         if adapter:
-            runs.append((adapter, int(starts[first]), int(starts[end])))
-    return torch.tensor(runs, dtype=torch.int64).view(-1, 3)
+            runs.append((adapter, starts[first], starts[end]))
+    return torch.tensor(runs, dtype=torch.int64).view(-1, 3) if runs else NOBODY

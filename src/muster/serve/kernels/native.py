@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muster.serve.engine.batch import Batch, PagedCache
-from muster.serve.kernels.packing import IN_UNIT, Weights, pack
-from muster.serve.kernels.shape import SCALE_BYTES, Heads, QKNorm, Rotation
+from muster.serve.kernels.packing import Weights, pack
+from muster.serve.kernels.pointers import FLOATS, checked, checked_fp32, checked_pages, pointer
+from muster.serve.kernels.shape import Heads, Linear, QKNorm, Rotation, Trunk
+from muster.serve.kernels.stack import NativeStack
 
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _SIGNATURES = {
@@ -25,6 +27,8 @@ _SIGNATURES = {
     "swiglu": [_P] * 2 + [_I] * 4,
     "rotate_store": [_P] * 5 + [_D] + [_P] * 3 + [_I] * 8,
     "attend": [_P] * 7 + [_I] * 10,
+    "layers": [_P] * 5,
+    "logits": [_P] * 4,
     "check_batch": [_P] * 6 + [_I] * 7,
 }
 _BROKEN_RULES = (
@@ -32,7 +36,6 @@ _BROKEN_RULES = (
     "a sequence is longer than its table", "a table names a block that the cache does not have",
     "a wanted row is not there",
 )  # fmt: skip
-_FLOATS = (torch.float32, torch.bfloat16)
 
 
 class _Library:
@@ -53,18 +56,17 @@ class NativeLinear:
     """x (N, inputs) fp32 or bf16 to (N, features)."""
 
     def __init__(self, library: _Library, weights: Weights, out: torch.dtype) -> None:
-        self._library, self._weights, self._out = library, pack(weights), out
-        assert all(tensor.is_contiguous() for tensor in self._weights.tensors().values())
-        w = self._weights
-        self._pointers = [_pointer(t) for t in (w.weight, w.scale, w.bias)]
-        self._padded = w.weight.shape[1] * IN_UNIT[w.format]
+        self._library, self.weights, self.out = library, pack(weights), out
+        assert all(tensor.is_contiguous() for tensor in self.weights.tensors().values())
+        w = self.weights
+        self._pointers = [pointer(t) for t in (w.weight, w.scale, w.bias)]
+        self._padded, self._group = w.padded, w.group
         self._narrow_out = int(out == torch.bfloat16)
-        self._group = self._padded // w.scale.shape[1] if w.scale is not None and w.format == "int4" else 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        w, (weight, scale, bias) = self._weights, self._pointers
-        x = _checked(x, w.inputs)
-        out = x.new_empty((x.shape[0], w.features), dtype=self._out)
+        w, (weight, scale, bias) = self.weights, self._pointers
+        x = checked(x, w.inputs)
+        out = x.new_empty((x.shape[0], w.features), dtype=self.out)
         threads, narrow = torch.get_num_threads(), int(x.dtype == torch.bfloat16)
         narrow_out, rows = self._narrow_out, x.shape[0]
         if w.format == "int8":
@@ -95,7 +97,7 @@ class Native:
     device = torch.device("cpu")
 
     def __init__(self, library: ctypes.CDLL, compute: torch.dtype) -> None:
-        if compute not in _FLOATS:
+        if compute not in FLOATS:
             raise TypeError(f"the kernels compute in fp32 and bf16, not in {compute}")
         self.compute = compute
         self._library = _Library(library)
@@ -105,22 +107,22 @@ class Native:
 
     def add_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         rows, width = x.shape
-        _checked(x, width, exact=True)
+        checked(x, width, exact=True)
         if residual is not None:
             assert residual.shape == x.shape
             assert residual.dtype == x.dtype
             residual = residual.contiguous()
-        _checked_fp32(weight, width)
+        checked_fp32(weight, width)
         out = torch.empty_like(x)
         self._library.add_norm(
-            x.data_ptr(), _pointer(residual), weight.data_ptr(), out.data_ptr(), rows, width, eps,
+            x.data_ptr(), pointer(residual), weight.data_ptr(), out.data_ptr(), rows, width, eps,
             torch.get_num_threads(), x.dtype == torch.bfloat16,
         )  # fmt: skip
         return out
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         rows, width = gate_up.shape
-        gate_up = _checked(gate_up, width)
+        gate_up = checked(gate_up, width)
         out = torch.empty(rows, width // 2, dtype=gate_up.dtype)
         self._library.swiglu(
             gate_up.data_ptr(), out.data_ptr(), rows, width // 2, torch.get_num_threads(),
@@ -132,26 +134,28 @@ class Native:
         self, qkv: Tensor, heads: Heads, rotation: Rotation | None, norm: QKNorm | None, slots: Tensor,
         keys: Tensor, values: Tensor,
     ) -> None:  # fmt: skip
-        _checked_pages(qkv, heads, keys, values)
+        checked(qkv, heads.columns, exact=True)
+        checked_pages(qkv.dtype, heads, keys, values)
         assert slots.dtype == torch.int64
         assert slots.shape == (len(qkv),)
         cos, sin = (None, None) if rotation is None else (part.contiguous() for part in rotation)
         for angles in (cos, sin):
             if angles is not None:
-                _checked_fp32(angles, heads.dim)
+                checked_fp32(angles, heads.dim)
         if norm is not None:
-            _checked_fp32(norm.q, heads.dim)
-            _checked_fp32(norm.k, heads.dim)
+            checked_fp32(norm.q, heads.dim)
+            checked_fp32(norm.k, heads.dim)
         q, k = (norm.q, norm.k) if norm else (None, None)
         self._library.rotate_store(
-            qkv.data_ptr(), _pointer(cos), _pointer(sin), _pointer(q), _pointer(k),
+            qkv.data_ptr(), pointer(cos), pointer(sin), pointer(q), pointer(k),
             norm.eps if norm else 0.0, slots.data_ptr(), keys.data_ptr(), values.data_ptr(), len(qkv), heads.heads,
             heads.kv_heads, heads.dim, keys.shape[2], torch.get_num_threads(), qkv.dtype == torch.bfloat16,
             keys.dtype == torch.int8,
         )  # fmt: skip
 
     def attend(self, qkv: Tensor, heads: Heads, batch: Batch, keys: Tensor, values: Tensor) -> Tensor:
-        _checked_pages(qkv, heads, keys, values)
+        checked(qkv, heads.columns, exact=True)
+        checked_pages(qkv.dtype, heads, keys, values)
         out = torch.empty(len(qkv), heads.heads * heads.dim, dtype=qkv.dtype)
         self._library.attend(
             qkv.data_ptr(), batch.starts.data_ptr(), batch.lengths.data_ptr(), batch.table.data_ptr(),
@@ -160,6 +164,18 @@ class Native:
             qkv.dtype == torch.bfloat16, keys.dtype == torch.int8,
         )  # fmt: skip
         return out
+
+    def stack(self, trunk: Trunk) -> NativeStack | None:
+        def weights(linear: Linear) -> Weights:
+            assert isinstance(linear, NativeLinear)
+            return linear.weights
+
+        layers = [(block, [weights(one) for one in block.linears]) for block in trunk.blocks]
+        head = None if trunk.head is None else weights(trunk.head)
+        every = [one for _, linears in layers for one in linears] + ([] if head is None else [head])
+        if any(one.format in ("fp32", "bf16") and one.padded != one.inputs for one in every):
+            return None  # their activations would have to be filled up
+        return NativeStack(self._library, trunk, layers, head, self.compute)
 
     def check(self, batch: Batch, cache: PagedCache, vocabulary: int) -> None:
         """Refuse (IndexError) a batch that does not stay within its cache: the kernels take its word for it."""
@@ -176,36 +192,3 @@ class Native:
         )  # fmt: skip
         if broken:
             raise IndexError(f"{_BROKEN_RULES[broken]}: the engine and its cache disagree")
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _checked(x: Tensor, width: int, *, exact: bool = False) -> Tensor:
-    """x (N, width) as the kernels take it; with `exact`, it must already be so, since it is changed in place."""
-    if x.dtype not in _FLOATS or not x.is_cpu or x.dim() != 2 or x.shape[1] != width:
-        raise TypeError(
-            f"expected (N, {width}) in fp32 or bf16 on the CPU, got {tuple(x.shape)} in {x.dtype}"
-        )
-    if exact and not x.is_contiguous():
-        raise TypeError("what is changed in place must be contiguous")
-    return x.contiguous()
-
-
-def _checked_fp32(tensor: Tensor, width: int) -> None:
-    if tensor.dtype != torch.float32 or tensor.shape[-1] != width or not tensor.is_contiguous():
-        raise TypeError(f"expected fp32 of width {width}, got {tuple(tensor.shape)} in {tensor.dtype}")
-
-
-def _checked_pages(qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor) -> None:
-    _checked(qkv, (heads.heads + 2 * heads.kv_heads) * heads.dim, exact=True)
-    row = heads.dim + (SCALE_BYTES if keys.dtype == torch.int8 else 0)
-    if keys.shape[1] != heads.kv_heads or keys.shape[3] != row or heads.dim % 2:
-        raise TypeError(f"pages of shape {tuple(keys.shape)} are not those of {heads}")
-    for pages in (keys, values):
-        fits = pages.dtype == keys.dtype in (qkv.dtype, torch.int8) and pages.shape == keys.shape
-        if not fits or not pages.is_contiguous():
-            raise TypeError(
-                f"pages must be contiguous, of one shape, and int8 or {qkv.dtype} like the activations"
-            )

@@ -17,7 +17,22 @@ from muster.serve.kernels.build import Unavailable, load_library
 from muster.serve.kernels.native import Native
 from muster.serve.kernels.packing import Weights
 from muster.serve.kernels.reference import Reference
-from muster.serve.kernels.shape import Heads, QKNorm, Rotation
+from muster.serve.kernels.shape import Heads, QKNorm, Rotation, Trunk
+
+
+class Stack(Protocol):
+    """A trunk in one call, and the same bits as from one operation after the other. Batches have been checked."""
+
+    whole: bool
+    """Whether it is all there, so that there are logits."""
+
+    def through(self, batch: Batch, cache: PagedCache, x: Tensor) -> Tensor:
+        """x (N, E) through the layers, in place; returns what is still to be added to it."""
+        ...
+
+    def logits(self, batch: Batch, cache: PagedCache) -> Tensor:
+        """fp32 (W, V) of the wanted rows."""
+        ...
 
 
 class Kernels(Protocol):
@@ -38,6 +53,8 @@ class Kernels(Protocol):
     ) -> None: ...  # fmt: skip
 
     def attend(self, qkv: Tensor, heads: Heads, batch: Batch, keys: Tensor, values: Tensor) -> Tensor: ...
+
+    def stack(self, trunk: Trunk) -> Stack | None: ...
 
     def check(self, batch: Batch, cache: PagedCache, vocabulary: int) -> None: ...
 

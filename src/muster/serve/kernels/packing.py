@@ -52,6 +52,16 @@ class Weights:
     bias: Tensor | None = None
     """(N,) fp32."""
 
+    @property
+    def padded(self) -> int:
+        """Inputs of packed weights, those included that they were filled up with."""
+        return self.weight.shape[1] * IN_UNIT[self.format]
+
+    @property
+    def group(self) -> int:
+        """Inputs of packed int4 weights that share a scale; 0 for other formats."""
+        return self.padded // self.scale.shape[1] if self.scale is not None and self.format == "int4" else 0
+
     def tensors(self) -> dict[str, Tensor]:
         """What there is, by name."""
         named = {"weight": self.weight, "scale": self.scale, "bias": self.bias}

@@ -14,7 +14,7 @@ from muster.model.rope import rotate
 from muster.serve.engine.batch import Batch, PagedCache
 from muster.serve.kernels.packing import Weights, mixed, stored_floats, unpack
 from muster.serve.kernels.pages import from_rows, to_rows
-from muster.serve.kernels.shape import Heads, QKNorm, Rotation
+from muster.serve.kernels.shape import Heads, QKNorm, Rotation, Trunk
 
 
 class ReferenceLinear:
@@ -112,6 +112,9 @@ class Reference:
             table, length = batch.table[s : s + 1], batch.lengths[s : s + 1]
             out[new] = _attend_padded(q[new][None], table, length, heads, keys, values)[0]
         return out.flatten(1)
+
+    def stack(self, trunk: Trunk) -> None:
+        """None: there is nothing better than one operation after the other."""
 
     def check(self, batch: Batch, cache: PagedCache, vocabulary: int) -> None:
         """Nothing: torch checks its indices itself."""

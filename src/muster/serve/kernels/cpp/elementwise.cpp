@@ -2,6 +2,7 @@
 // pages. Rows are tokens; sums are in fp32 whatever the type.
 #include <cmath>
 
+#include "operations.h"
 #include "pages.h"
 #include "parallel.h"
 

@@ -6,8 +6,8 @@
 // Blocks begin at multiples of 64 of a sequence's positions and a masked key adds an exact zero, so a token's result
 // is the same bits whatever tile, chunk or batch it is computed in.
 //
-// T is what is computed in, S what the pages hold: the same, or int8 rows (`pages.h`). Whole numbers up to 127 are exact
-// in either T; a key's scale goes into its scores, a value's into the weights that it is multiplied with.
+// T is what is computed in, S what the pages hold: the same, or int8 rows (`pages.h`). Whole numbers up to 127 are
+// exact in either T; a key's scale goes into its scores, a value's into the weights that it is multiplied with.
 #include <cmath>
 #include <limits>
 
@@ -112,8 +112,9 @@ void multiply(const uint32_t* a, int64_t a_step, const uint32_t* b, int64_t unit
               int64_t columns, int64_t step, bool add) {
   for (int64_t row = 0; row < rows; row += ATTENTION_ROWS)
     with_count<ATTENTION_ROWS>(rows - row, [&]<int ROWS>() {
-      for (int64_t column = 0; column < columns; column += 16 * ATTENTION_WIDTH)
-        with_count<ATTENTION_WIDTH>((columns - column) / 16, [&]<int VECTORS>() {
+      constexpr int WIDEST = attention_width(ROWS);
+      for (int64_t column = 0; column < columns; column += 16 * WIDEST)
+        with_count<WIDEST>((columns - column) / 16, [&]<int VECTORS>() {
           float* at = c + row * step + column;
           Floats sums[ROWS][VECTORS];
 #pragma GCC unroll 16
@@ -130,8 +131,9 @@ void multiply(const uint32_t* a, int64_t a_step, const uint32_t* b, int64_t unit
     });
 }
 
-// Scores of one row to weights in place (as a first factor), for keys from `from` on, of which those in [oldest, newest] are seen.
-// Returns what the sums so far are to be multiplied with. `scales` are those of 64 keys, then of their values, if any.
+// Scores of one row to weights in place (as a first factor), for keys from `from` on, of which those in [oldest, newest]
+// are seen. Returns what the sums so far are to be multiplied with. `scales` are those of 64 keys, then of their values,
+// if any.
 template <class T>
 float soften(float* scores, float scale, const float* scales, int64_t from, int64_t oldest, int64_t newest, float& most,
              float& total) {

@@ -50,15 +50,6 @@ inline void take_apart(const uint32_t* units, uint32_t* to, int64_t count, int64
     }
 }
 
-// sum + a * b, over the one or two numbers of each lane's unit, or those of a part of it.
-template <class T>
-inline __attribute__((always_inline)) Floats multiply_add(Floats sum, Ints a, Ints b) {
-  if constexpr (std::is_same_v<T, bfloat16> && PARTS<T> == 1)
-    return multiply_add_bf16(sum, a, b);
-  else
-    return fmadd(as_floats(a), as_floats(b), sum);
-}
-
 // e^x for x <= 88 or so, to 2e-7 of its value; what would be denormal is cut off. 2^f by its Taylor series, |f| <= 1/2.
 inline Floats exponential(Floats x) {
   const Floats power = max(x, broadcast(-87.f)) * broadcast(1.44269504f);

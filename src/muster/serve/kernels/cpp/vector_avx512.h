@@ -13,7 +13,8 @@ constexpr int MOST_ROWS = 12, MOST_ROWS_INT4 = 6;
 constexpr int width(int /*rows*/) { return 2; }
 constexpr int width_int4(int /*rows*/) { return 2; }
 // The same for attention's two products.
-constexpr int ATTENTION_ROWS = 4, ATTENTION_WIDTH = 4;
+constexpr int ATTENTION_ROWS = 4;
+constexpr int attention_width(int /*rows*/) { return 4; }
 
 inline Floats broadcast(float x) { return _mm512_set1_ps(x); }
 inline Ints broadcast(int32_t x) { return _mm512_set1_epi32(x); }
@@ -95,9 +96,13 @@ inline __attribute__((always_inline)) Ints multiply_add(Ints sum, Ints a, Ints b
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   return sum;
 }
-// sum + the products of two bf16, in each lane.
-inline __attribute__((always_inline)) Floats multiply_add_bf16(Floats sum, Ints a, Ints b) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+// sum + a * b, over the one or two numbers of each lane's unit, or those of a part of it.
+template <class T>
+inline __attribute__((always_inline)) Floats multiply_add(Floats sum, Ints a, Ints b) {
+  if constexpr (std::is_same_v<T, bfloat16> && PARTS<T> == 1)
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  else
+    sum = fmadd(as_floats(a), as_floats(b), sum);
   return sum;
 }
 

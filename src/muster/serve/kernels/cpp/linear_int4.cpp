@@ -21,7 +21,7 @@ extern "C" void muster_linear_int4(const void* x, const uint8_t* weight, const b
     const int64_t column = panel * PANEL;
     for (int64_t row = 0; row < rows; row += blocks.height)
       with_count<MOST_ROWS_INT4>(blocks.rows_in(row), [&]<int ROWS>() {
-        constexpr int WIDE = width_int4(ROWS);
+        constexpr int WIDE = width(ROWS);
         const uint32_t* tokens = q + row * padded / 4;
         for (int64_t from = 0; from < PANEL; from += 16 * WIDE) {
           Floats sums[ROWS][WIDE];

@@ -21,7 +21,6 @@ struct Ints {  // 32 bits in a lane, unless a name says otherwise
 // columns and a broadcast. Few rows take both vectors of a panel, so that sums do not wait for each other.
 constexpr int MOST_ROWS = 6, MOST_ROWS_INT4 = 4;
 constexpr int width(int rows) { return rows <= 3 ? 2 : 1; }
-constexpr int width_int4(int rows) { return rows <= 2 ? 2 : 1; }
 constexpr int ATTENTION_ROWS = 6;
 constexpr int attention_width(int rows) { return rows <= 3 ? 2 : 1; }
 
@@ -225,9 +224,12 @@ inline __attribute__((always_inline)) Ints multiply_add_nibbles(Ints sum, Ints a
 inline Ints full_sum(Ints nibble_sum) { return nibble_sum; }
 #else
 // sum + the two products of 16-bit numbers, in each lane. The instruction for pairs of bytes would not do: it cuts off
-// 255 * 127 * 2 at 32767.
+// 255 * 127 * 2 at 32767. Sums are written out because GCC would first add up the products of both parts of a unit, for
+// which there are no registers: three times slower loops.
 inline __attribute__((always_inline)) Ints multiply_add(Ints sum, Ints a, Ints b) {
-  return add(sum, {_mm256_madd_epi16(a.low, b.low), _mm256_madd_epi16(a.high, b.high)});
+  asm("vpaddd %1, %0, %0" : "+x"(sum.low) : "x"(_mm256_madd_epi16(a.low, b.low)));
+  asm("vpaddd %1, %0, %0" : "+x"(sum.high) : "x"(_mm256_madd_epi16(a.high, b.high)));
+  return sum;
 }
 // For unsigned a up to 15 it does. Sums of 32 products a * b that begin with -8 times the sum of b stay within 16 bits
 // also where all of the beginning is in one of a lane's two: 16 times 7 * 127 and 16 times 8 * 127 are 30480, and

@@ -11,7 +11,6 @@ using Ints = __m512i;   // 32 bits in a lane, unless a name says otherwise
 // are 24 sums, two columns and a broadcast; in int4 12 sums in integers and 12 in floats.
 constexpr int MOST_ROWS = 12, MOST_ROWS_INT4 = 6;
 constexpr int width(int /*rows*/) { return 2; }
-constexpr int width_int4(int /*rows*/) { return 2; }
 // The same for attention's two products.
 constexpr int ATTENTION_ROWS = 4;
 constexpr int attention_width(int /*rows*/) { return 4; }

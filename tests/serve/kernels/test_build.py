@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,10 +17,12 @@ import pytest
 import torch
 
 from muster.serve.kernels import build
-from muster.serve.kernels.build import Unavailable, load_library
+from muster.serve.kernels.build import LEVELS, Level, Unavailable, load_library
 from muster.serve.kernels.ops import choose_kernels
 from muster.serve.kernels.reference import Reference
+from tests.serve.kernels.conftest import LibraryOf
 
+ANY = (Level(name="any processor", needs=(), architecture="native"),)
 SMALL = 'extern "C" int answer() { return 42; }\n'
 compiling = pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None, reason="there is no C++ compiler here"
@@ -32,7 +35,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "cpp").mkdir()
     (tmp_path / "cpp" / "small.cpp").write_text(SMALL)
     monkeypatch.setattr(build, "SOURCES", tmp_path / "cpp")
-    monkeypatch.setattr(build, "REQUIRED", ())
+    monkeypatch.setattr(build, "LEVELS", ANY)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "muster" / "kernels"
 
@@ -75,7 +78,7 @@ def test_damaged_library_is_made_anew(small: Path, damage: bytes | None) -> None
 
 
 def answer(queue: multiprocessing.SimpleQueue[int], cpp: Path) -> None:
-    build.SOURCES, build.REQUIRED = cpp, ()
+    build.SOURCES, build.LEVELS = cpp, ANY
     queue.put(load_library()[0].answer())
 
 
@@ -101,7 +104,9 @@ def test_killed_while_compiling(small: Path, tmp_path: Path, monkeypatch: pytest
     slow.chmod(0o755)
     program = (
         "import sys; from pathlib import Path; from muster.serve.kernels import build;"
-        "build.SOURCES, build.REQUIRED = Path(sys.argv[1]), (); build.load_library()"
+        "build.SOURCES = Path(sys.argv[1]);"
+        "build.LEVELS = (build.Level(name='any processor', needs=(), architecture='native'),);"
+        "build.load_library()"
     )
     victim = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path / "cpp")],
@@ -136,10 +141,57 @@ def test_no_compiler(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_missing_instructions(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "REQUIRED", ("avx4096",))
+    monkeypatch.setattr(build, "LEVELS", (Level(name="AVX-4096", needs=("avx4096",), architecture="native"),))
     kernels, reason = choose_kernels(torch.float32)
     assert isinstance(kernels, Reference)
     assert "avx4096" in reason or "x86-64" in reason
+
+
+AVX2 = ["avx", "avx2", "fma", "f16c"]
+AVX512 = ["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"]
+PROCESSORS = {
+    "Haswell": (AVX2, "AVX2"),
+    "Skylake-X": (AVX2 + AVX512, "AVX2"),
+    "Alder Lake": ([*AVX2, "avx_vnni"], "AVX2 and AVX-VNNI"),
+    "Cascade Lake": ([*AVX2, *AVX512, "avx512_vnni"], "AVX-512 VNNI"),
+    "Sapphire Rapids": ([*AVX2, *AVX512, "avx512_vnni", "avx_vnni"], "AVX-512 VNNI"),
+}
+
+
+@compiling
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_best_level_of_a_processor(small: Path, monkeypatch: pytest.MonkeyPatch, processor: str) -> None:
+    features, expected = PROCESSORS[processor]
+    monkeypatch.setattr(build, "LEVELS", LEVELS)
+    monkeypatch.setattr(build, "_features", lambda: features)
+    assert load_library()[1].startswith(f"{expected} (kernels-")
+
+
+@compiling
+def test_level_that_the_processor_lacks(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "LEVELS", LEVELS)
+    monkeypatch.setattr(build, "_features", lambda: AVX2)
+    load_library(LEVELS[-1])
+    with pytest.raises(Unavailable, match="no AVX-512 VNNI"):
+        load_library(LEVELS[0])
+    monkeypatch.setattr(build, "_features", lambda: ["avx", "avx2"])
+    with pytest.raises(Unavailable, match="no fma, and the C\\+\\+ kernels need AVX2"):
+        load_library()
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="there is no disassembler here")
+@pytest.mark.parametrize("level", LEVELS[1:], ids=lambda level: level.name)
+def test_no_instruction_above_the_level(level: Level, library_of: LibraryOf) -> None:
+    """One would end the process on a processor without it, and no test on a newer one would notice."""
+    disassembled = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", library_of(level)._name],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "%ymm" in disassembled
+    assert not re.findall(r"%zmm|%k[0-7]|%[xy]mm(?:1[6-9]|[23][0-9])", disassembled)
+    assert ("{vex} vpdpbusd" in disassembled) == ("avx_vnni" in level.needs)
 
 
 def test_other_devices_have_torch() -> None:

@@ -23,6 +23,7 @@ from tests.model.test_parity_hf import CASES, randomized
 from tests.serve.kernels.ragged import ragged, random_table
 
 LIMIT = 1e-4
+FORMAT_LIMITS: dict[Format, float] = {"bf16": 0.02, "int8": 0.05, "int4": 0.3}
 BLOCK_TOKENS = 4
 SCHEDULE = ((20, 7, 33), (21, 30, 34), (60, 31, 60), (60, 60, 60))
 """Lengths of three sequences after each step: prompts, single tokens and chunks, mixed; the last one alone."""
@@ -72,6 +73,23 @@ def test_family_equals_the_model(case: str, tmp_path: Path, library: ctypes.CDLL
     for kernels in (Native(library, torch.float32), Reference(torch.float32)):
         found = stepwise(TransformerNetwork(packed, kernels), tokens, SCHEDULE)
         assert float((found - expected).abs().max()) <= LIMIT
+
+
+@pytest.mark.parametrize("case", ["mistral-window", "qwen3"])
+def test_every_level_equals_transformers(case: str, tmp_path: Path, each_library: ctypes.CDLL) -> None:
+    theirs = randomized(case)
+    theirs.save_pretrained(tmp_path)
+    model = load_folder(tmp_path)
+    tokens = torch.randint(3, 131, (3, 60))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+    network = TransformerNetwork(pack_model(model, "fp32"), Native(each_library, torch.float32))
+    assert float((stepwise(network, tokens, SCHEDULE) - expected).abs().max()) <= LIMIT
+    for format, limit in FORMAT_LIMITS.items():
+        network = TransformerNetwork(pack_model(model, format), Native(each_library, torch.bfloat16))
+        found = stepwise(network, tokens, SCHEDULE)
+        assert float((found - expected).norm() / expected.norm()) < limit
+        assert torch.equal(found, stepwise(network, tokens, [(60, 0, 0), (60, 60, 0), (60, 60, 60)]))
 
 
 @pytest.mark.parametrize("case", ["llama-tied-bias", "mistral-window", "gpt2", "qwen3-moe"])

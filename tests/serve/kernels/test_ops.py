@@ -5,16 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from muster.serve.engine.batch import PagedCache
-from muster.serve.kernels import build
 from muster.serve.kernels.native import Native
-from muster.serve.kernels.packing import Format, floats, pack, quantize, unpack
+from muster.serve.kernels.packing import GROUP, Format, Weights, floats, mixed, pack, quantize, unpack
 from muster.serve.kernels.pages import from_rows, to_rows
 from muster.serve.kernels.reference import Reference
 from muster.serve.kernels.shape import KV, Heads, QKNorm
@@ -35,9 +33,9 @@ def assert_close(found: Tensor, exact: Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", ["float", "int8", "int4"])
-def test_linear(library: ctypes.CDLL, dtype: torch.dtype, format: str) -> None:
+def test_linear(each_library: ctypes.CDLL, dtype: torch.dtype, format: str) -> None:
     torch.manual_seed(0)
-    native, exact = Native(library, dtype), Reference(torch.float32)
+    native, exact = Native(each_library, dtype), Reference(torch.float32)
     kind: Format = ("fp32" if dtype == torch.float32 else "bf16") if format == "float" else format  # type: ignore[assignment]
     for features, inputs in SHAPES:
         for bias in (None, torch.randn(features)):
@@ -70,10 +68,12 @@ def test_quantising_keeps_the_weights(format: Format, most: float) -> None:
 
 
 @pytest.mark.parametrize("format", ["fp32", "bf16", "int8", "int4"])
-def test_rows_do_not_depend_on_their_neighbours(library: ctypes.CDLL, format: Format) -> None:
+def test_rows_do_not_depend_on_their_neighbours(each_library: ctypes.CDLL, format: Format) -> None:
     torch.manual_seed(0)
     dtype = torch.float32 if format == "fp32" else torch.bfloat16
-    linear = Native(library, dtype).linear(quantize(torch.randn(70, 330), torch.randn(70), format), dtype)
+    linear = Native(each_library, dtype).linear(
+        quantize(torch.randn(70, 330), torch.randn(70), format), dtype
+    )
     x = torch.randn(67, 330).to(dtype)
     alone = torch.cat([linear(row[None]) for row in x])
     for rows in (2, 5, 12, 13, 31, 67):
@@ -81,18 +81,49 @@ def test_rows_do_not_depend_on_their_neighbours(library: ctypes.CDLL, format: Fo
             assert torch.equal(linear(x[start : start + rows]), alone[start : start + rows])
 
 
-def test_zero_rows_stay_zero(library: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_largest_products_are_exact(each_library: ctypes.CDLL, format: Format) -> None:
+    """Pairs of bytes whose products do not fit into 16 bits, and sums of a group that nearly do not."""
+    torch.manual_seed(0)
+    inputs, ends = 256, (-127, 127) if format == "int8" else (-8, 7)
+    signs = torch.randint(2, (8, inputs)) * 2 - 1
+    signs[0], signs[1], signs[2, ::2] = 1, -1, 1
+    activations, whole = signs * 127, torch.where(signs > 0, ends[1], ends[0])
+    whole = torch.cat([whole, torch.randint(ends[0], ends[1] + 1, (8, inputs))])
+    scale = torch.ones(16) if format == "int8" else torch.ones(16, inputs // GROUP, dtype=torch.bfloat16)
+    plain = Weights(
+        format=format, features=16, inputs=inputs, packed=False, weight=whole.to(torch.int8), scale=scale
+    )
+    linear = Native(each_library, torch.float32).linear(plain, torch.float32)
+    found = linear(mixed(activations.float()))  # which mixing undoes
+    assert_close(found, activations @ whole.T, 1e-6)
+
+
+def test_zero_rows_stay_zero(each_library: ctypes.CDLL) -> None:
     for format in ("int8", "int4"):
-        linear = Native(library, torch.float32).linear(
+        linear = Native(each_library, torch.float32).linear(
             quantize(torch.randn(9, 33), None, format), torch.float32
         )
         assert not linear(torch.zeros(3, 33)).any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_add_norm(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("format", ["fp32", "int8", "int4"])
+def test_levels_agree_bit_by_bit(library: ctypes.CDLL, each_library: ctypes.CDLL, format: Format) -> None:
+    """bf16 alone does not, since AVX512-BF16 rounds its products in its own way."""
     torch.manual_seed(0)
-    native, reference = Native(library, dtype), Reference(dtype)
+    for features, inputs in SHAPES:
+        plain = quantize(torch.randn(features, inputs), torch.randn(features), format)
+        x = torch.randn(25, inputs)
+        found, expected = (
+            Native(one, torch.float32).linear(plain, torch.float32)(x) for one in (each_library, library)
+        )
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_norm(each_library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    native, reference = Native(each_library, dtype), Reference(dtype)
     for rows, width in ((1, 1), (3, 48), (67, 100), (5, 768), (64, 1024)):
         x, residual, weight = (
             torch.randn(rows, width).to(dtype),
@@ -110,12 +141,12 @@ def test_add_norm(library: ctypes.CDLL, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+def test_swiglu(each_library: ctypes.CDLL, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     for rows, width in ((1, 1), (67, 50), (40, 1024)):
         x = torch.randn(rows, 2 * width).mul_(5).to(dtype)
         x[0, 0], x[-1, 0] = -300, 300
-        assert_close(Native(library, dtype).swiglu(x), Reference(dtype).swiglu(x), TOLERANCE[dtype])
+        assert_close(Native(each_library, dtype).swiglu(x), Reference(dtype).swiglu(x), TOLERANCE[dtype])
 
 
 ATTENTION = [
@@ -135,7 +166,12 @@ ATTENTION = [
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("kv", [None, "int8"])
 def test_attention(
-    library: ctypes.CDLL, dtype: torch.dtype, heads: Heads, block_tokens: int, normed: bool, kv: KV | None
+    each_library: ctypes.CDLL,
+    dtype: torch.dtype,
+    heads: Heads,
+    block_tokens: int,
+    normed: bool,
+    kv: KV | None,
 ) -> None:
     torch.manual_seed(0)
     lengths, new = (1, 70, 200, 5, 131, 64, 65), (1, 70, 40, 1, 1, 1, 2)
@@ -149,7 +185,7 @@ def test_attention(
     angles = torch.randn(N, D // 2).repeat(1, 2)
     norm = QKNorm(q=torch.rand(D), k=torch.rand(D), eps=1e-5) if normed else None
     results = []
-    for kernels in (Native(library, dtype), Reference(dtype)):
+    for kernels in (Native(each_library, dtype), Reference(dtype)):
         own, (keys, values) = qkv.clone(), pages.clone()
         rotation = (angles.cos(), angles.sin()) if normed else None
         kernels.rotate_store(own, heads, rotation, norm, batch.slots, keys, values)
@@ -164,7 +200,7 @@ def test_attention(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_int8(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+def test_rows_of_int8(each_library: ctypes.CDLL, dtype: torch.dtype) -> None:
     """Both write the same bytes; a number is off by half a step at most, zeros stay, and what is not finite shows."""
     heads = Heads(heads=1, kv_heads=3, dim=36)
     qkv = torch.randn(9, (1 + 2 * 3) * 36).mul_(torch.logspace(-9, 9, 9)[:, None]).to(dtype)
@@ -172,7 +208,7 @@ def test_rows_of_int8(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     for row, value in ((2, float("nan")), (3, float("inf"))):
         qkv[row, 40] = value
     written = []
-    for kernels in (Native(library, dtype), Reference(dtype)):
+    for kernels in (Native(each_library, dtype), Reference(dtype)):
         keys, values = torch.zeros(2, 2, 3, 5, 40, dtype=torch.int8)
         kernels.rotate_store(qkv.clone(), heads, None, None, torch.arange(9), keys, values)
         written.append(torch.stack([keys, values]).transpose(2, 3).flatten(1, 2)[:, :9].flatten(0, 2))
@@ -199,10 +235,10 @@ def _spoil_unused(pages: Tensor, lengths: tuple[int, ...], table: Tensor, block_
     "heads", [Heads(heads=6, kv_heads=2, dim=64), Heads(heads=4, kv_heads=4, dim=20, window=33)]
 )
 def test_attention_is_the_same_bits_however_it_is_cut(
-    library: ctypes.CDLL, dtype: torch.dtype, heads: Heads, kv: KV | None
+    each_library: ctypes.CDLL, dtype: torch.dtype, heads: Heads, kv: KV | None
 ) -> None:
     torch.manual_seed(0)
-    kernels, table = Native(library, dtype), random_table(2, 150, 16)
+    kernels, table = Native(each_library, dtype), random_table(2, 150, 16)
     tokens, others = torch.zeros(150, dtype=torch.int64), torch.zeros(90, dtype=torch.int64)
     pages = torch.randn(2, table.numel(), heads.kv_heads, 16, heads.dim).to(dtype)
     keys, values = pages if kv is None else to_rows(pages)
@@ -254,18 +290,3 @@ def test_what_does_not_fit_is_refused(library: ctypes.CDLL) -> None:
         Native(library, torch.float16)
     with pytest.raises(TypeError, match="contiguous"):
         kernels.add_norm(torch.zeros(4, 3).bfloat16().t(), None, torch.ones(4), 1e-5)
-
-
-@pytest.mark.long
-def test_processors_without_bf16_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ice Lake has VNNI only; there the bf16 products are put together from fp32 ones."""
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-mno-avx512bf16"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    try:
-        library, _ = build.load_library()
-    except build.Unavailable as reason:
-        pytest.skip(str(reason))
-    for format in ("float", "int8", "int4"):
-        test_linear(library, torch.bfloat16, format)
-    for heads in ATTENTION:
-        test_attention(library, torch.bfloat16, heads, 16, True)

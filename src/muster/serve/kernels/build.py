@@ -16,32 +16,61 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "cpp"
 # -ffp-contract=off: what is fused is written out, so that a kernel's copies for few and for many rows agree bit by bit.
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-pthread", "-fPIC", "-w")
-REQUIRED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
+FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-pthread", "-fPIC", "-w")
 _TIMEOUT_S = 300.0
 _DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Level:
+    """Instructions that the kernels are written for. `cpp/vector.h` chooses, by what the compiler may use."""
+
+    name: str
+    needs: tuple[str, ...]
+    """The processor's features, as Linux names them."""
+    architecture: str
+    """For the compiler: a processor with these features and none of the levels above."""
+
+
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
+LEVELS = (
+    Level(name="AVX-512 VNNI", needs=_AVX512, architecture="cascadelake"),
+    Level(name="AVX2 and AVX-VNNI", needs=(*_AVX2, "avx_vnni"), architecture="alderlake"),
+    Level(name="AVX2", needs=_AVX2, architecture="haswell"),
+)
+"""The best first."""
 
 
 class Unavailable(Exception):
     """There is no native library on this machine; the text says why."""
 
 
-def load_library() -> tuple[ctypes.CDLL, str]:
-    """The compiled kernels and where they came from; compiled now if they are not in the cache. Raises Unavailable."""
-    isa = _instruction_set()
+def load_library(level: Level | None = None) -> tuple[ctypes.CDLL, str]:
+    """The compiled kernels, what they use and where they came from; compiled now if they are not in the cache.
+
+    They are for this very processor, or for the `level` alone. Raises Unavailable.
+    """
+    features = _features()
+    found = _levels(features)
+    if level is not None and level not in found:
+        raise Unavailable(f"the processor has no {level.name}")
+    name = (level or found[0]).name
     compiler, version = _compiler()
-    path = cache_folder() / f"kernels-{_key(version, isa)}.so"
+    flags = (*FLAGS, f"-march={level.architecture if level else 'native'}")
+    path = cache_folder() / f"kernels-{_key((version, *flags, *features))}.so"
     if _is_whole(path):
-        return _open(path), f"{path.name} from the cache"
+        return _open(path), f"{name} ({path.name} from the cache)"
     try:
-        _compile(compiler, path)
+        _compile((compiler, *flags), path)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"the kernels could not be compiled into {path.parent} ({error})") from None
-    return _open(path), f"{path.name}, compiled now by {version}"
+    return _open(path), f"{name} ({path.name}, compiled now by {version})"
 
 
 def cache_folder() -> Path:
@@ -50,16 +79,23 @@ def cache_folder() -> Path:
     return Path(base) / "muster" / "kernels"
 
 
-def _instruction_set() -> Sequence[str]:
-    """The processor's features that -march=native may use; refuses processors without VNNI."""
+def _features() -> Sequence[str]:
+    """What the processor has, and -march=native may use."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         raise Unavailable(f"the C++ kernels are for x86-64 Linux, and this is {platform.machine()}")
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    features = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
-    missing = [name for name in REQUIRED if name not in features]
-    if missing:
-        raise Unavailable(f"the processor has no {missing[0]}, which the C++ kernels are written for")
-    return sorted(features)
+    return sorted(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), []))
+
+
+def _levels(features: Sequence[str]) -> Sequence[Level]:
+    """Those that a processor has, one at least."""
+    found = [level for level in LEVELS if set(level.needs) <= set(features)]
+    if not found:
+        missing = next(name for name in LEVELS[-1].needs if name not in features)
+        raise Unavailable(
+            f"the processor has no {missing}, and the C++ kernels need AVX2, FMA and F16C at least"
+        )
+    return found
 
 
 def _compiler() -> tuple[str, str]:
@@ -73,16 +109,16 @@ def _compiler() -> tuple[str, str]:
     raise Unavailable("there is no C++ compiler: install g++ to decode several times as fast")
 
 
-def _key(version: str, isa: Sequence[str]) -> str:
+def _key(parts: Sequence[str]) -> str:
     made_of = hashlib.sha256()
-    for part in (version, *FLAGS, *isa):
+    for part in parts:
         made_of.update(part.encode() + b"\0")
     for path in sorted(SOURCES.iterdir()):
         made_of.update(path.name.encode() + b"\0" + path.read_bytes())
     return made_of.hexdigest()[:20]
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: Sequence[str], path: Path) -> None:
     """Make the library at `path`. One process compiles, others wait for it; a killed one leaves only a draft."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(path.with_suffix(".lock"), "w") as lock:
@@ -104,16 +140,16 @@ def _compile(compiler: str, path: Path) -> None:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def _build(compiler: str, folder: Path) -> Path:
+def _build(compiler: Sequence[str], folder: Path) -> Path:
     def compile_one(source: Path) -> Path:
         made = folder / f"{source.stem}.o"
-        _run([compiler, *FLAGS, "-c", str(source), "-o", str(made)])
+        _run([*compiler, "-c", str(source), "-o", str(made)])
         return made
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         objects = list(pool.map(compile_one, sorted(SOURCES.glob("*.cpp"))))
     library = folder / "kernels.so"
-    _run([compiler, "-shared", "-pthread", *map(str, objects), "-o", str(library)])
+    _run([*compiler, "-shared", *map(str, objects), "-o", str(library)])
     return library
 
 

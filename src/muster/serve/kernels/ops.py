@@ -77,4 +77,4 @@ def choose_kernels(compute: torch.dtype, device: torch.device | str = "cpu") -> 
         library, origin = load_library()
     except Unavailable as reason:
         return Reference(compute, device), f"torch operations, several times slower: {reason}"
-    return Native(library, compute), f"C++ kernels with AVX-512 VNNI ({origin})"
+    return Native(library, compute), f"C++ kernels with {origin}"

@@ -6,8 +6,8 @@
 // Blocks begin at multiples of 64 of a sequence's positions and a masked key adds an exact zero, so a token's result
 // is the same bits whatever tile, chunk or batch it is computed in.
 //
-// T is what is computed in, S what the pages hold: the same, or int8 rows (`pages.h`). Whole numbers up to 127 are exact
-// in either T; a key's scale goes into its scores, a value's into the weights that it is multiplied with.
+// T is what is computed in, S what the pages hold: the same, or int8 rows (`pages.h`). Whole numbers up to 127 are
+// exact in either T; a key's scale goes into its scores, a value's into the weights that it is multiplied with.
 #include <cmath>
 #include <limits>
 
@@ -35,29 +35,6 @@ struct Tile {
   // The block of keys that it begins with.
   int64_t begin(int64_t window) const { return window ? std::max<int64_t>(0, position - window + 1) / KEYS * KEYS : 0; }
 };
-
-// A 16 x 16 matrix of units, by halves of ever larger size.
-void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; j++) {
-      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-    }
-  for (int i = 0; i < 4; i++)
-    for (int j = 0; j < 16; j += 8) {
-      t[j + i] = _mm512_shuffle_i32x4(r[j + i], r[j + i + 4], 0x88);
-      t[j + i + 4] = _mm512_shuffle_i32x4(r[j + i], r[j + i + 4], 0xdd);
-    }
-  for (int i = 0; i < 8; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-  }
-}
 
 // Where the keys and values of 64 positions lie.
 template <class S>
@@ -102,11 +79,11 @@ void turn_keys(const S* const* rows, const S* const* next, uint32_t* turned, int
     for (int i = 0; i < 16; i++) fetch(next[k + i], dim);
     if (k >= count) continue;
     for (int64_t u = 0; u < units; u += 16) {
-      __m512i block[16];
+      Ints block[16];
       for (int i = 0; i < 16; i++) block[i] = load_units<T>(rows[k + i], u, units - u);
       transpose(block);
       for (int64_t i = 0; i < std::min<int64_t>(16, units - u); i++)
-        _mm512_storeu_si512(turned + (u + i) * KEYS + k, block[i]);
+        store_ints(turned + (u + i) * KEYS + k, block[i]);
     }
   }
 }
@@ -119,11 +96,11 @@ void pair_values(const S* const* rows, const S* const* next, uint32_t* paired, i
     for (int64_t i = 0; i < in_unit<T>; i++) fetch(next[k + i], dim);
     if (k >= count) continue;
     for (int64_t d = 0; d < padded; d += 16) {
-      const __mmask16 lanes = first(dim - d);
-      __m512i unit = load_bits<T>(rows[k] + d, lanes);
+      const Lanes lanes = first(dim - d);
+      Ints unit = load_bits<T>(rows[k] + d, lanes);
       if constexpr (in_unit<T> == 2)
-        unit = _mm512_or_si512(unit, _mm512_slli_epi32(load_bits<T>(rows[k + 1] + d, lanes), 16));
-      _mm512_storeu_si512(paired + k / in_unit<T> * padded + d, unit);
+        unit = bit_or(unit, shift_left<16>(load_bits<T>(rows[k + 1] + d, lanes)));
+      store_ints(paired + k / in_unit<T> * padded + d, unit);
     }
   }
 }
@@ -133,52 +110,54 @@ void pair_values(const S* const* rows, const S* const* next, uint32_t* paired, i
 template <class T>
 void multiply(const uint32_t* a, int64_t a_step, const uint32_t* b, int64_t units, float* c, int64_t rows,
               int64_t columns, int64_t step, bool add) {
-  for (int64_t row = 0; row < rows; row += 4)
-    with_count<4>(rows - row, [&]<int ROWS>() {
-      for (int64_t column = 0; column < columns; column += 64)
-        with_count<4>((columns - column) / 16, [&]<int VECTORS>() {
+  for (int64_t row = 0; row < rows; row += ATTENTION_ROWS)
+    with_count<ATTENTION_ROWS>(rows - row, [&]<int ROWS>() {
+      constexpr int WIDEST = attention_width(ROWS);
+      for (int64_t column = 0; column < columns; column += 16 * WIDEST)
+        with_count<WIDEST>((columns - column) / 16, [&]<int VECTORS>() {
           float* at = c + row * step + column;
-          __m512 sums[ROWS][VECTORS];
+          Floats sums[ROWS][VECTORS];
 #pragma GCC unroll 16
           for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 16
             for (int v = 0; v < VECTORS; v++)
-              sums[r][v] = add ? _mm512_loadu_ps(at + r * step + 16 * v) : _mm512_setzero_ps();
+              sums[r][v] = add ? load(at + r * step + 16 * v) : broadcast(0.f);
           product<T, ROWS, VECTORS>(a + row * a_step, a_step, 1, b + column, step, units, sums);
 #pragma GCC unroll 16
           for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 16
-            for (int v = 0; v < VECTORS; v++) _mm512_storeu_ps(at + r * step + 16 * v, sums[r][v]);
+            for (int v = 0; v < VECTORS; v++) store(at + r * step + 16 * v, sums[r][v]);
         });
     });
 }
 
-// Scores of one row to weights in place (as T), for keys from `from` on, of which those in [oldest, newest] are seen.
-// Returns what the sums so far are to be multiplied with. `scales` are those of 64 keys, then of their values, if any.
+// Scores of one row to weights in place (as a first factor), for keys from `from` on, of which those in [oldest, newest]
+// are seen. Returns what the sums so far are to be multiplied with. `scales` are those of 64 keys, then of their values,
+// if any.
 template <class T>
 float soften(float* scores, float scale, const float* scales, int64_t from, int64_t oldest, int64_t newest, float& most,
              float& total) {
-  __m512 score[KEYS / 16];
-  __mmask16 seen[KEYS / 16];
-  __m512 top = _mm512_set1_ps(most);
+  Floats score[KEYS / 16];
+  Lanes seen[KEYS / 16];
+  Floats top = broadcast(most);
   for (int v = 0; v < KEYS / 16; v++) {
     const int64_t key = from + 16 * v;
     seen[v] = first(newest + 1 - key) & ~first(oldest - key);
-    score[v] = _mm512_mul_ps(_mm512_loadu_ps(scores + 16 * v), _mm512_set1_ps(scale));
-    if (scales) score[v] = _mm512_mul_ps(score[v], _mm512_loadu_ps(scales + 16 * v));
-    top = _mm512_mask_max_ps(top, seen[v], top, score[v]);
+    score[v] = load(scores + 16 * v) * broadcast(scale);
+    if (scales) score[v] = score[v] * load(scales + 16 * v);
+    top = max(seen[v], top, score[v]);
   }
-  const float now = _mm512_reduce_max_ps(top);
-  __m512 sum = _mm512_setzero_ps();
+  const float now = max_of(top);
+  Floats sum = broadcast(0.f);
   for (int v = 0; v < KEYS / 16; v++) {
-    const __m512 weight = exponential(_mm512_sub_ps(score[v], _mm512_set1_ps(now)));
-    score[v] = _mm512_maskz_mov_ps(seen[v], weight);
-    sum = _mm512_add_ps(sum, score[v]);
-    if (scales) score[v] = _mm512_maskz_mul_ps(seen[v], score[v], _mm512_loadu_ps(scales + KEYS + 16 * v));
+    score[v] = keep(seen[v], exponential(score[v] - broadcast(now)));
+    sum = sum + score[v];
+    if (scales) score[v] = keep(seen[v], score[v] * load(scales + KEYS + 16 * v));
   }
-  for (int v = 0; v < KEYS / 16; v++) store(reinterpret_cast<T*>(scores) + 16 * v, score[v]);
-  const float shrink = now == most ? 1.f : _mm512_cvtss_f32(exponential(_mm512_set1_ps(most - now)));
-  total = total * shrink + _mm512_reduce_add_ps(sum);
+  using Factor = std::conditional_t<PARTS<T> == 2, float, T>;  // a bf16's part is a float
+  for (int v = 0; v < KEYS / 16; v++) store(reinterpret_cast<Factor*>(scores) + 16 * v, score[v]);
+  const float shrink = now == most ? 1.f : first_of(exponential(broadcast(most - now)));
+  total = total * shrink + sum_of(sum);
   most = now;
   return shrink;
 }
@@ -187,19 +166,19 @@ template <class T, class S>
 void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const S* keys, const S* values, T* out) {
   const int64_t group = shape.group(), dim = shape.dim, rows = tile.tokens * group;
   const int64_t units = dim / in_unit<T>, padded = (dim + 15) / 16 * 16;
-  static thread_local std::vector<uint32_t> kept_keys, kept_values;
+  static thread_local std::vector<uint32_t> kept_queries, kept_keys, kept_values;
   static thread_local std::vector<float> kept_scores, kept_sums;
-  static thread_local std::vector<T> kept_queries;
   static thread_local std::vector<S> nothing;
   uint32_t *turned = scratch(kept_keys, units * KEYS), *paired = scratch(kept_values, KEYS * padded);
   float *scores = scratch(kept_scores, rows * KEYS), *sums = scratch(kept_sums, rows * padded);
-  T* queries = scratch(kept_queries, rows * dim);
+  uint32_t* queries = scratch(kept_queries, rows * units * PARTS<T>);
   nothing.resize(row_numbers<S>(dim));  // zeros
   std::vector<float> most(rows, NOTHING), total(rows, 0.f);
   std::fill(sums, sums + rows * padded, 0.f);
   for (int64_t t = 0; t < tile.tokens; t++)
-    std::memcpy(queries + t * group * dim,
-                qkv + (tile.token + t) * shape.row_numbers() + tile.kv_head * group * dim, group * dim * sizeof(T));
+    take_apart<T>(reinterpret_cast<const uint32_t*>(qkv + (tile.token + t) * shape.row_numbers() +
+                                                    tile.kv_head * group * dim),
+                  queries + t * group * units * PARTS<T>, group * units, 1);
   const float scale = 1.f / std::sqrt(static_cast<float>(dim));
   const int64_t begin = tile.begin(shape.window);
   Rows<S> rows_now, rows_next;
@@ -215,15 +194,13 @@ void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const S* ke
       kept_scales[KEYS + k] = scale_of(rows_now.values[k], dim);
     }
     turn_keys<T>(rows_now.keys, rows_next.keys, turned, dim, count);
-    multiply<T>(reinterpret_cast<const uint32_t*>(queries), units, turned, units, scores, rows, count, KEYS,
-                false);
+    multiply<T>(queries, units * PARTS<T>, turned, units, scores, rows, count, KEYS, false);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t newest = tile.position + r / group, oldest = shape.window ? newest - shape.window + 1 : 0;
       const float shrink = soften<T>(scores + r * KEYS, scale, scales, from, oldest, newest, most[r], total[r]);
       if (shrink != 1.f)
         for (int64_t d = 0; d < padded; d += 16)
-          _mm512_storeu_ps(sums + r * padded + d,
-                           _mm512_mul_ps(_mm512_loadu_ps(sums + r * padded + d), _mm512_set1_ps(shrink)));
+          store(sums + r * padded + d, load(sums + r * padded + d) * broadcast(shrink));
     }
     pair_values<T>(rows_now.values, rows_next.values, paired, dim, padded, count);
     multiply<T>(reinterpret_cast<const uint32_t*>(scores), KEYS, paired, count / in_unit<T>, sums, rows, padded,
@@ -231,9 +208,9 @@ void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const S* ke
   }
   for (int64_t r = 0; r < rows; r++) {
     T* to = out + (tile.token + r / group) * shape.heads * dim + (tile.kv_head * group + r % group) * dim;
-    const __m512 inverse = _mm512_set1_ps(1.f / total[r]);
+    const Floats inverse = broadcast(1.f / total[r]);
     for (int64_t d = 0; d < dim; d += 16)
-      store(to + d, _mm512_mul_ps(_mm512_loadu_ps(sums + r * padded + d), inverse), first(dim - d));
+      store(to + d, load(sums + r * padded + d) * inverse, first(dim - d));
   }
 }
 

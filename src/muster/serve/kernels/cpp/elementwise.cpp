@@ -15,18 +15,18 @@ static void add_norm(T* x, const T* residual, const float* weight, T* out, int64
                      int64_t threads) {
   parallel_for(rows, 4, rows * width > WORTH_SHARING ? threads : 1, [&](int64_t row) {
     T* at = x + row * width;
-    __m512 sum = _mm512_setzero_ps();
+    Floats sum = broadcast(0.f);
     for (int64_t i = 0; i < width; i += 16) {
-      const __mmask16 lanes = first(width - i);
-      if (residual) store(at + i, _mm512_add_ps(load(at + i, lanes), load(residual + row * width + i, lanes)), lanes);
-      const __m512 value = load(at + i, lanes);  // as it was rounded
-      sum = _mm512_fmadd_ps(value, value, sum);
+      const Lanes lanes = first(width - i);
+      if (residual) store(at + i, load(at + i, lanes) + load(residual + row * width + i, lanes), lanes);
+      const Floats value = load(at + i, lanes);  // as it was rounded
+      sum = fmadd(value, value, sum);
     }
-    const __m512 inverse = _mm512_set1_ps(1.f / std::sqrt(_mm512_reduce_add_ps(sum) / width + eps));
+    const Floats inverse = broadcast(1.f / std::sqrt(sum_of(sum) / width + eps));
     for (int64_t i = 0; i < width; i += 16) {
-      const __mmask16 lanes = first(width - i);
-      const __m512 value = _mm512_mul_ps(load(at + i, lanes), inverse);
-      store(out + row * width + i, _mm512_mul_ps(value, load(weight + i, lanes)), lanes);
+      const Lanes lanes = first(width - i);
+      const Floats value = load(at + i, lanes) * inverse;
+      store(out + row * width + i, value * load(weight + i, lanes), lanes);
     }
   });
 }
@@ -34,14 +34,14 @@ static void add_norm(T* x, const T* residual, const float* weight, T* out, int64
 // silu(gate) * up of rows that hold both, gate first.
 template <class T>
 static void swiglu(const T* gate_up, T* out, int64_t rows, int64_t width, int64_t threads) {
-  const __m512 one = _mm512_set1_ps(1.f);
+  const Floats one = broadcast(1.f);
   parallel_for(rows, 4, rows * width > WORTH_SHARING ? threads : 1, [&](int64_t row) {
     for (int64_t i = 0; i < width; i += 16) {
-      const __mmask16 lanes = first(width - i);
+      const Lanes lanes = first(width - i);
       const T* at = gate_up + row * 2 * width + i;
-      const __m512 gate = load(at, lanes), up = load(at + width, lanes);
-      const __m512 below = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
-      store(out + row * width + i, _mm512_mul_ps(_mm512_div_ps(gate, below), up), lanes);
+      const Floats gate = load(at, lanes), up = load(at + width, lanes);
+      const Floats below = one + exponential(broadcast(0.f) - gate);
+      store(out + row * width + i, gate / below * up, lanes);
     }
   });
 }
@@ -52,25 +52,25 @@ template <class T>
 static void turn(T* head, int64_t dim, const float* weight, float eps, const float* cos, const float* sin) {
   float inverse = 1.f;
   if (weight) {
-    __m512 sum = _mm512_setzero_ps();
+    Floats sum = broadcast(0.f);
     for (int64_t i = 0; i < dim; i += 16) {
-      const __m512 value = load(head + i, first(dim - i));
-      sum = _mm512_fmadd_ps(value, value, sum);
+      const Floats value = load(head + i, first(dim - i));
+      sum = fmadd(value, value, sum);
     }
-    inverse = 1.f / std::sqrt(_mm512_reduce_add_ps(sum) / dim + eps);
+    inverse = 1.f / std::sqrt(sum_of(sum) / dim + eps);
   }
   const int64_t half = dim / 2;
   for (int64_t i = 0; i < half; i += 16) {
-    const __mmask16 lanes = first(half - i);
-    __m512 low = load(head + i, lanes), high = load(head + half + i, lanes);
+    const Lanes lanes = first(half - i);
+    Floats low = load(head + i, lanes), high = load(head + half + i, lanes);
     if (weight) {
-      low = _mm512_mul_ps(_mm512_mul_ps(low, _mm512_set1_ps(inverse)), load(weight + i, lanes));
-      high = _mm512_mul_ps(_mm512_mul_ps(high, _mm512_set1_ps(inverse)), load(weight + half + i, lanes));
+      low = low * broadcast(inverse) * load(weight + i, lanes);
+      high = high * broadcast(inverse) * load(weight + half + i, lanes);
     }
     if (cos) {
-      const __m512 c = load(cos + i, lanes), s = load(sin + i, lanes);  // both halves have the same angles
-      const __m512 turned = _mm512_fmsub_ps(low, c, _mm512_mul_ps(high, s));
-      high = _mm512_fmadd_ps(high, c, _mm512_mul_ps(low, s));
+      const Floats c = load(cos + i, lanes), s = load(sin + i, lanes);  // both halves have the same angles
+      const Floats turned = fmsub(low, c, high * s);
+      high = fmadd(high, c, low * s);
       low = turned;
     }
     store(head + i, low, lanes);

@@ -3,24 +3,22 @@
 #include "parallel.h"
 #include "product.h"
 
-// Rows' units as `blocks.h` has them.
+// Rows' units, or their parts, as `blocks.h` has them.
+template <class T>
 static void interleave(const uint32_t* x, uint32_t* to, const RowBlocks& blocks, int64_t units, int64_t threads) {
   parallel_for(blocks.rows, 8, blocks.rows >= 64 ? threads : 1, [&](int64_t row) {
-    uint32_t* at = to + blocks.start(row, units);
-    const int64_t step = blocks.step(row);
-    for (int64_t u = 0; u < units; u++) at[u * step] = x[row * units + u];
+    take_apart<T>(x + row * units, to + blocks.start(row, units * PARTS<T>), units, blocks.step(row));
   });
 }
 
 template <class T>
 static void linear(const uint32_t* x, const uint32_t* weight, const float* bias, void* out, int64_t rows, int64_t units,
                    int64_t features, int64_t threads, bool narrow) {
-  constexpr int MOST = 12;  // 24 sums, two columns and a broadcast of the 32 registers
   static thread_local std::vector<uint32_t> kept;
-  const RowBlocks blocks(rows, MOST);
-  if (rows > 1) {
-    uint32_t* interleaved = scratch(kept, rows * units);
-    interleave(x, interleaved, blocks, units, threads);
+  const RowBlocks blocks(rows, MOST_ROWS);
+  if (rows > 1 || PARTS<T> > 1) {
+    uint32_t* interleaved = scratch(kept, rows * units * PARTS<T>);
+    interleave<T>(x, interleaved, blocks, units, threads);
     x = interleaved;
   }
   const int64_t panels = (features + PANEL - 1) / PANEL;
@@ -28,19 +26,23 @@ static void linear(const uint32_t* x, const uint32_t* weight, const float* bias,
     const uint32_t* w = weight + panel * units * PANEL;
     const int64_t left = features - panel * PANEL;
     for (int64_t row = 0; row < rows; row += blocks.height)
-      with_count<MOST>(blocks.rows_in(row), [&]<int ROWS>() {
-        __m512 sums[ROWS][2];
+      with_count<MOST_ROWS>(blocks.rows_in(row), [&]<int ROWS>() {
+        constexpr int WIDE = width(ROWS);
+        for (int64_t c = 0; c < PANEL; c += 16 * WIDE) {
+          Floats sums[ROWS][WIDE];
 #pragma GCC unroll 16
-        for (int v = 0; v < 2; v++)
+          for (int v = 0; v < WIDE; v++)
 #pragma GCC unroll 16
-          for (int r = 0; r < ROWS; r++)
-            sums[r][v] = bias ? _mm512_loadu_ps(bias + panel * PANEL + 16 * v) : _mm512_setzero_ps();
-        product<T, ROWS, 2>(x + row * units, 1, ROWS, w, PANEL, units, sums);
+            for (int r = 0; r < ROWS; r++)
+              sums[r][v] = bias ? load(bias + panel * PANEL + c + 16 * v) : broadcast(0.f);
+          product<T, ROWS, WIDE>(x + row * units * PARTS<T>, 1, ROWS, w + c, PANEL, units, sums);
 #pragma GCC unroll 16
-        for (int v = 0; v < 2; v++)
+          for (int v = 0; v < WIDE; v++)
 #pragma GCC unroll 16
-          for (int r = 0; r < ROWS; r++)
-            store(out, (row + r) * features + panel * PANEL + 16 * v, sums[r][v], first(left - 16 * v), narrow);
+            for (int r = 0; r < ROWS; r++)
+              store(out, (row + r) * features + panel * PANEL + c + 16 * v, sums[r][v], first(left - c - 16 * v),
+                    narrow);
+        }
       });
   });
 }

@@ -6,43 +6,50 @@
 extern "C" void muster_linear_int8(const void* x, const uint8_t* weight, const float* scale, const float* bias,
                                    void* out, int64_t rows, int64_t inputs, int64_t padded, int64_t features,
                                    int64_t threads, int64_t narrow_in, int64_t narrow_out) {
-  constexpr int MOST = 12;  // 24 sums, two columns and a broadcast of the 32 registers
   static thread_local std::vector<uint32_t> kept_q;
   static thread_local std::vector<float> kept_scales;
   static thread_local std::vector<int32_t> kept_corrections;
-  const RowBlocks blocks(rows, MOST);
-  uint32_t* q = scratch(kept_q, rows * padded / 4);
+  const RowBlocks blocks(rows, MOST_ROWS);
+  uint32_t* q = scratch(kept_q, rows * padded / 4 * PARTS<int8_t>);
   float* scales = scratch(kept_scales, rows);
   int32_t* corrections = scratch(kept_corrections, rows);
-  quantize_rows(x, narrow_in, blocks, q, scales, corrections, -128, inputs, padded, padded, threads);
+  quantize_rows<PARTS<int8_t>>(x, narrow_in, blocks, q, scales, corrections, -128, inputs, padded, padded, threads);
   const int64_t panels = (features + PANEL - 1) / PANEL;
   parallel_for(panels, run_of(panels, threads), threads, [&](int64_t panel) {
     const uint8_t* w = weight + panel * padded * PANEL;
     for (int64_t row = 0; row < rows; row += blocks.height)
-      with_count<MOST>(blocks.rows_in(row), [&]<int ROWS>() {
-        const uint32_t* tokens = q + row * padded / 4;
-        __m512i sums[ROWS][2];
+      with_count<MOST_ROWS>(blocks.rows_in(row), [&]<int ROWS>() {
+        constexpr int WIDE = width(ROWS), P = PARTS<int8_t>;
+        const uint32_t* tokens = q + row * padded / 4 * P;
+        for (int64_t from = 0; from < PANEL; from += 16 * WIDE) {
+          Ints sums[ROWS][WIDE];
 #pragma GCC unroll 16
-        for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = _mm512_set1_epi32(corrections[row + r]);
-        for (int64_t i = 0; i < padded; i += 4) {
-          const uint8_t* at = w + i * PANEL;
-          const __m512i w0 = _mm512_loadu_si512(at), w1 = _mm512_loadu_si512(at + 64);
+          for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+            for (int v = 0; v < WIDE; v++) sums[r][v] = broadcast(corrections[row + r]);
+          for (int64_t i = 0; i < padded; i += 4)
+#pragma GCC unroll 2
+            for (int p = 0; p < P; p++) {
+              const uint8_t* at = w + i * PANEL + 4 * from;
+              Ints column[WIDE];
+#pragma GCC unroll 2
+              for (int v = 0; v < WIDE; v++) column[v] = part<int8_t>(load_ints(at + 64 * v), p);
 #pragma GCC unroll 16
-          for (int r = 0; r < ROWS; r++) {
-            const __m512i same = _mm512_set1_epi32(unit_at(tokens + i / 4 * ROWS + r));
-            sums[r][0] = multiply_add(sums[r][0], w0, same);
-            sums[r][1] = multiply_add(sums[r][1], w1, same);
-          }
-        }
+              for (int r = 0; r < ROWS; r++) {
+                const Ints same = broadcast(unit_at(tokens + (i / 4 * P + p) * ROWS + r));
+#pragma GCC unroll 2
+                for (int v = 0; v < WIDE; v++) sums[r][v] = multiply_add(sums[r][v], column[v], same);
+              }
+            }
+#pragma GCC unroll 2
+          for (int v = 0; v < WIDE; v++) {
+            const int64_t c = panel * PANEL + from + 16 * v;
+            const Floats by = load(scale + c), plus = bias ? load(bias + c) : broadcast(0.f);
 #pragma GCC unroll 16
-        for (int v = 0; v < 2; v++) {
-          const int64_t c = panel * PANEL + 16 * v;
-          const __m512 by = _mm512_loadu_ps(scale + c), plus = bias ? _mm512_loadu_ps(bias + c) : _mm512_setzero_ps();
-#pragma GCC unroll 16
-          for (int r = 0; r < ROWS; r++) {
-            const __m512 both = _mm512_mul_ps(_mm512_set1_ps(scales[row + r]), by);
-            store(out, (row + r) * features + c, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), both, plus),
-                  first(features - c), narrow_out);
+            for (int r = 0; r < ROWS; r++)
+              store(out, (row + r) * features + c,
+                    fmadd(to_floats(sums[r][v]), broadcast(scales[row + r]) * by, plus), first(features - c),
+                    narrow_out);
           }
         }
       });

@@ -26,55 +26,55 @@ inline void put_row(const T* from, T* to, int64_t dim) {
 // would lose it.
 template <class T>
 inline void put_row(const T* from, int8_t* to, int64_t dim) {
-  __m512 most = _mm512_setzero_ps(), zero = _mm512_setzero_ps();
+  Floats most = broadcast(0.f), zero = broadcast(0.f);
   for (int64_t i = 0; i < dim; i += 16) {
-    const __m512 x = load(from + i, first(dim - i));
-    most = _mm512_max_ps(most, _mm512_abs_ps(x));
-    zero = _mm512_fmadd_ps(x, _mm512_setzero_ps(), zero);
+    const Floats x = load(from + i, first(dim - i));
+    most = max(most, abs(x));
+    zero = fmadd(x, broadcast(0.f), zero);
   }
-  const float largest = _mm512_reduce_max_ps(most);
-  const float scale = largest / 127.f + _mm512_reduce_add_ps(zero);
-  const __m512 inverse = _mm512_set1_ps(largest > 0.f ? 127.f / largest : 0.f);
+  const float largest = max_of(most);
+  const float scale = largest / 127.f + sum_of(zero);
+  const Floats inverse = broadcast(largest > 0.f ? 127.f / largest : 0.f);
   for (int64_t i = 0; i < dim; i += 16) {
-    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(load(from + i, first(dim - i)), inverse));
-    _mm_mask_storeu_epi8(to + i, first(dim - i), _mm512_cvtepi32_epi8(whole));
+    const Ints whole = to_ints(load(from + i, first(dim - i)) * inverse);
+    store_int8(to + i, whole, first(dim - i));
   }
   std::memcpy(to + dim, &scale, SCALE_BYTES);
 }
 
 // Sixteen numbers of a row as T, each in the low bits of its lane.
 template <class T>
-inline __m512i load_bits(const float* from, __mmask16 lanes) {
-  return _mm512_maskz_loadu_epi32(lanes, from);
+inline Ints load_bits(const float* from, Lanes lanes) {
+  return load_ints(from, lanes);
 }
 template <class T>
-inline __m512i load_bits(const bfloat16* from, __mmask16 lanes) {
-  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from));
+inline Ints load_bits(const bfloat16* from, Lanes lanes) {
+  return load_uint16(from, lanes);
 }
 template <class T>
-inline __m512i bits_of(__m512i whole) {  // exact up to 255
-  const __m512i bits = _mm512_castps_si512(_mm512_cvtepi32_ps(whole));
-  return in_unit<T> == 2 ? _mm512_srli_epi32(bits, 16) : bits;
+inline Ints bits_of(Ints whole) {  // exact up to 255
+  const Ints bits = as_ints(to_floats(whole));
+  return in_unit<T> == 2 ? shift_right<16>(bits) : bits;
 }
 template <class T>
-inline __m512i load_bits(const int8_t* from, __mmask16 lanes) {
-  return bits_of<T>(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, from)));
+inline Ints load_bits(const int8_t* from, Lanes lanes) {
+  return bits_of<T>(load_int8(from, lanes));
 }
 
 // Units `at` to `at` + 16 of a row, of which `left` are left.
 template <class T>
-inline __m512i load_units(const T* row, int64_t at, int64_t left) {
-  return _mm512_maskz_loadu_epi32(first(left), reinterpret_cast<const uint32_t*>(row) + at);
+inline Ints load_units(const T* row, int64_t at, int64_t left) {
+  return load_ints(reinterpret_cast<const uint32_t*>(row) + at, first(left));
 }
 template <class T>
-inline __m512i load_units(const int8_t* row, int64_t at, int64_t left) {
+inline Ints load_units(const int8_t* row, int64_t at, int64_t left) {
   if constexpr (in_unit<T> == 1) {
     return load_bits<T>(row + at, first(left));
   } else {
-    const __m512i pairs = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(left), row + 2 * at));
-    const __m512i even = _mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24);
-    const __m512i odd = _mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 24);
-    return _mm512_or_si512(bits_of<T>(even), _mm512_slli_epi32(bits_of<T>(odd), 16));
+    const Ints pairs = load_uint16(row + 2 * at, first(left));
+    const Ints even = shift_right_signed<24>(shift_left<24>(pairs));
+    const Ints odd = shift_right_signed<24>(shift_left<16>(pairs));
+    return bit_or(bits_of<T>(even), shift_left<16>(bits_of<T>(odd)));
   }
 }
 

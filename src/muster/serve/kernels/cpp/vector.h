@@ -1,98 +1,63 @@
-// Sixteen numbers at a time: how fp32 and bf16 are loaded, stored, multiplied and added, and the exponential.
+// Sixteen numbers at a time: how fp32 and bf16 are loaded, stored, multiplied and added, and the exponential. Which
+// instructions that takes, only the two headers know that are included here.
 //
-// Everything works on "units" of 32 bits along the dimension that is summed over: one float, or two neighbouring
-// bf16, because that is what AVX-512's bf16 instruction takes. So one kernel serves both types.
+// Everything works on "units" of 32 bits along the dimension that is summed over: one float, two neighbouring bf16 or
+// four int8, because that is what the instructions for them take. So one kernel serves several types. Where a processor
+// has no such instruction, a unit is multiplied in two PARTS, as wider numbers of which a lane holds fewer; the first
+// factor, which many columns are multiplied with, is then taken apart beforehand, the second in registers.
 #pragma once
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <vector>
 
-struct bfloat16 {
-  uint16_t bits;
-};
-
-inline __mmask16 first(int64_t count) {  // of sixteen lanes
-  return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
-}
-
-inline __m512 widen(__m256i pairs) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(pairs), 16));
-}
-
-inline __m256i narrow(__m512 x) {  // to the nearest bf16, ties to even
-#ifdef __AVX512BF16__
-  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#include "vector_avx512.h"
 #else
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);  // the sum would carry into the exponent
-  return _mm512_cvtepi32_epi16(
-      _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+#include "vector_avx2.h"
 #endif
-}
 
-inline __m512 load(const float* from, __mmask16 lanes = 0xffff) { return _mm512_maskz_loadu_ps(lanes, from); }
-inline __m512 load(const bfloat16* from, __mmask16 lanes = 0xffff) {
-  return widen(_mm256_maskz_loadu_epi16(lanes, from));
-}
-inline void store(float* to, __m512 x, __mmask16 lanes = 0xffff) { _mm512_mask_storeu_ps(to, lanes, x); }
-inline void store(bfloat16* to, __m512 x, __mmask16 lanes = 0xffff) {
-  _mm256_mask_storeu_epi16(to, lanes, narrow(x));
+inline Floats load(const bfloat16* from, Lanes lanes = 0xffff) {
+  return as_floats(shift_left<16>(load_uint16(from, lanes)));
 }
 
 // For results whose type is known at run time only: one branch in place of a second copy of a kernel.
-inline void store(void* to, int64_t index, __m512 x, __mmask16 lanes, bool narrow) {
+inline void store(void* to, int64_t index, Floats x, Lanes lanes, bool narrow) {
   if (narrow)
     store(static_cast<bfloat16*>(to) + index, x, lanes);
   else
     store(static_cast<float*>(to) + index, x, lanes);
 }
 
+// Part p of a second factor's units.
 template <class T>
-constexpr int64_t in_unit = 4 / sizeof(T);
-
-// The two instructions that everything rests on are written out, because GCC copies and spills around its builtins
-// for them: 1.5 times slower loops.
-
-// sum + the four products of unsigned a and signed b, in each lane.
-inline __attribute__((always_inline)) __m512i multiply_add(__m512i sum, __m512i a, __m512i b) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  return sum;
+inline __attribute__((always_inline)) Ints part(Ints units, int p) {
+  if constexpr (PARTS<T> == 2 && std::is_same_v<T, bfloat16>) return p ? high_half(units) : shift_left<16>(units);
+  if constexpr (PARTS<T> == 2 && std::is_same_v<T, int8_t>) return p ? odd_bytes(units) : even_bytes(units);
+  return units;
 }
 
-// sum + a * b, over the one or two numbers of each lane's unit.
+// `count` units of a first factor in parts, `step` apart.
 template <class T>
-inline __attribute__((always_inline)) __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
-  if constexpr (std::is_same_v<T, float>) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
-  } else {
-#ifdef __AVX512BF16__
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-    return sum;
-#else
-    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)),
-                          _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), sum);
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, high)),
-                           _mm512_castsi512_ps(_mm512_and_si512(b, high)), sum);
-#endif
-  }
+inline void take_apart(const uint32_t* units, uint32_t* to, int64_t count, int64_t step) {
+  for (int64_t u = 0; u < count; u++)
+    if constexpr (PARTS<T> == 2) {
+      to[2 * u * step] = units[u] << 16;
+      to[(2 * u + 1) * step] = units[u] & 0xffff0000;
+    } else {
+      to[u * step] = units[u];
+    }
 }
 
 // e^x for x <= 88 or so, to 2e-7 of its value; what would be denormal is cut off. 2^f by its Taylor series, |f| <= 1/2.
-inline __m512 exponential(__m512 x) {
-  const __m512 power = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.f)), _mm512_set1_ps(1.44269504f));
-  const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(power, whole);
-  __m512 sum = _mm512_set1_ps(1.54035304e-4f);
+inline Floats exponential(Floats x) {
+  const Floats power = max(x, broadcast(-87.f)) * broadcast(1.44269504f);
+  const Floats n = rounded(power), f = power - n;
+  Floats sum = broadcast(1.54035304e-4f);
   for (const float term : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.f})
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(term));
-  return _mm512_scalef_ps(sum, whole);
+    sum = fmadd(sum, f, broadcast(term));
+  return times_power_of_2(sum, n);
 }
 
 // Calls body<n>() for an n of 1..N that is known at run time only, so that n accumulators stay in registers.

@@ -32,8 +32,8 @@ _MIXED = 64
 """Neighbouring inputs that are mixed with each other."""
 IN_UNIT = {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}
 """Inputs in a 32-bit unit of the layout."""
-_MULTIPLE = {"fp32": 1, "bf16": 2, "int8": 64, "int4": 64}
-"""What inputs are filled up to: a unit of floats; whole vectors of the quantised activations, and whole groups."""
+_MULTIPLE = {"fp32": 1, "bf16": 32, "int8": 64, "int4": 64}
+"""What inputs are filled up to: whole tiles (AMX), whole vectors of the quantised activations, whole groups."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,10 +27,10 @@ inline void mix(__m512 (&x)[4]) {
   x[3] = _mm512_mul_ps(_mm512_sub_ps(b, d), eighth);
 }
 
-// q: units of four numbers as `blocks.h` has them, of rows filled with zeros up to `padded`; scale (rows,); and for
-// each `group` of numbers `per_sum` times their sum, (rows, padded / group).
-template <class T>
-inline void quantize_rows(const T* x, const RowBlocks& blocks, uint32_t* q, float* scale, int32_t* sums, int per_sum,
+// q: units of four numbers where `Blocks` (`blocks.h`, `tiles.h`) has them, of rows filled with zeros up to `padded`;
+// scale (rows,); and for each `group` of numbers `per_sum` times their sum, (rows, padded / group).
+template <class T, class Blocks>
+inline void quantize_rows(const T* x, const Blocks& blocks, uint32_t* q, float* scale, int32_t* sums, int per_sum,
                           int64_t inputs, int64_t padded, int64_t group, int64_t threads) {
   parallel_for(blocks.rows, 4, blocks.rows >= 8 ? threads : 1, [&](int64_t row) {
     static thread_local std::vector<float> kept;
@@ -59,7 +59,7 @@ inline void quantize_rows(const T* x, const RowBlocks& blocks, uint32_t* q, floa
         const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(mixed + i), inverse));
         sum = _mm512_add_epi32(sum, whole);
         const __m128i units = _mm512_cvtepi32_epi8(whole);
-        uint32_t* at = to + i / 4 * step;
+        uint32_t* at = to + blocks.offset(row, i / 4);
         at[0] = _mm_extract_epi32(units, 0);
         at[step] = _mm_extract_epi32(units, 1);
         at[2 * step] = _mm_extract_epi32(units, 2);
@@ -70,7 +70,8 @@ inline void quantize_rows(const T* x, const RowBlocks& blocks, uint32_t* q, floa
   });
 }
 
-inline void quantize_rows(const void* x, bool narrow, const RowBlocks& blocks, uint32_t* q, float* scale, int32_t* sums,
+template <class Blocks>
+inline void quantize_rows(const void* x, bool narrow, const Blocks& blocks, uint32_t* q, float* scale, int32_t* sums,
                           int per_sum, int64_t inputs, int64_t padded, int64_t group, int64_t threads) {
   auto run = [&](auto* typed) {
     quantize_rows(typed, blocks, q, scale, sums, per_sum, inputs, padded, group, threads);

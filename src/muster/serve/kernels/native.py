@@ -20,7 +20,7 @@ _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _SIGNATURES = {
     "linear_float": [_P] * 4 + [_I] * 6,
     "linear_int8": [_P] * 5 + [_I] * 7,
-    "linear_int4": [_P] * 5 + [_I] * 8,
+    "linear_int4": [_P] * 6 + [_I] * 7,
     "add_norm": [_P] * 4 + [_I] * 2 + [_D] + [_I] * 2,
     "swiglu": [_P] * 2 + [_I] * 4,
     "rotate_store": [_P] * 5 + [_D] + [_P] * 3 + [_I] * 8,
@@ -57,9 +57,9 @@ class NativeLinear:
         assert all(tensor.is_contiguous() for tensor in self._weights.tensors().values())
         w = self._weights
         self._pointers = [_pointer(t) for t in (w.weight, w.scale, w.bias)]
+        self._factor = _pointer(w.factor)
         self._padded = w.weight.shape[1] * IN_UNIT[w.format]
         self._narrow_out = int(out == torch.bfloat16)
-        self._group = self._padded // w.scale.shape[1] if w.scale is not None and w.format == "int4" else 0
 
     def __call__(self, x: Tensor) -> Tensor:
         w, (weight, scale, bias) = self._weights, self._pointers
@@ -74,8 +74,8 @@ class NativeLinear:
             )  # fmt: skip
         elif w.format == "int4":
             self._library.linear_int4(
-                x.data_ptr(), weight, scale, bias, out.data_ptr(), rows, w.inputs, self._padded, w.features,
-                self._group, threads, narrow, narrow_out,
+                x.data_ptr(), weight, self._factor, scale, bias, out.data_ptr(), rows, w.inputs, self._padded,
+                w.features, threads, narrow, narrow_out,
             )  # fmt: skip
         else:
             if x.dtype != w.weight.dtype:

@@ -21,7 +21,7 @@ static void linear_in_tiles(const void* x, const uint8_t* weight, const float* s
   quantize_rows(x, narrow_in, tiles, q, scales, corrections, -128, inputs, padded, padded, threads);
   const int64_t panels = (features + PANEL - 1) / PANEL;
   parallel_for(panels, run_of(panels, threads), threads, [&](int64_t panel) {
-    multiply_panel<int8_t, int32_t>(tiles, q, weight + panel * padded * PANEL, padded / 4,
+    multiply_panel<uint8_t, int32_t>(tiles, q, weight + panel * padded * PANEL, padded / 4,
                                     [&](int64_t row, const int32_t* sums) {
 #pragma GCC unroll 2
       for (int v = 0; v < 2; v++) {

@@ -56,9 +56,9 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// sums (1 or 2 tiles of rows, 32 features) = rows times a panel of weights. The rows' numbers are T, signed; weights are
-// bf16, or unsigned bytes.
-template <class T, bool TWO>
+// sums (1 or 2 tiles of rows, 32 features) = rows times a panel of weights, which are W: bfloat16, as the rows are, or
+// signed or unsigned bytes, with signed ones in rows.
+template <class W, bool TWO>
 inline void multiply_tiles(const uint32_t* rows, int64_t height, const void* panel, int64_t units, void* sums) {
   const auto* w = static_cast<const uint8_t*>(panel);
   const auto *a = reinterpret_cast<const uint8_t*>(rows), *b = a + height * units * 4;
@@ -74,12 +74,19 @@ inline void multiply_tiles(const uint32_t* rows, int64_t height, const void* pan
     _tile_loadd(7, w + u * PANEL * 4 + 64, PANEL * 4);
     _tile_loadd(4, a + u * height * 4, 64);
     if constexpr (TWO) _tile_loadd(5, b + u * height * 4, 64);
-    if constexpr (std::is_same_v<T, bfloat16>) {
+    if constexpr (std::is_same_v<W, bfloat16>) {
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       if constexpr (TWO) {
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
+      }
+    } else if constexpr (std::is_same_v<W, int8_t>) {
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 4, 7);
+      if constexpr (TWO) {
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
       }
     } else {
       _tile_dpbsud(0, 4, 6);
@@ -101,16 +108,16 @@ inline void multiply_tiles(const uint32_t* rows, int64_t height, const void* pan
 }
 
 // finish(row, sums of its 32 features) for each row of `placed` times a panel.
-template <class T, class S, class Finish>
+template <class W, class S, class Finish>
 inline void multiply_panel(const TileRows& tiles, const uint32_t* placed, const void* panel, int64_t units,
                            const Finish& finish) {
   alignas(64) S sums[2 * TILE_ROWS * PANEL];
   const Tiles held(tiles.height);
   for (int64_t row = 0; row < tiles.rows; row += 2 * tiles.height) {
     if (row + tiles.height < tiles.rows)
-      multiply_tiles<T, true>(placed + row * units, tiles.height, panel, units, sums);
+      multiply_tiles<W, true>(placed + row * units, tiles.height, panel, units, sums);
     else
-      multiply_tiles<T, false>(placed + row * units, tiles.height, panel, units, sums);
+      multiply_tiles<W, false>(placed + row * units, tiles.height, panel, units, sums);
     for (int64_t r = 0; r < std::min(2 * tiles.height, tiles.rows - row); r++) finish(row + r, sums + r * PANEL);
   }
 }

@@ -16,7 +16,7 @@ static inline void finish(void* out, int64_t index, __m512i whole, float row_sca
 
 #ifdef __AMX_INT8__
 // From so many rows on, it pays to make a panel's int8 numbers and to multiply with those. The results are the same.
-constexpr int64_t FOR_TILES = 4;
+constexpr int64_t FOR_TILES = 16;
 
 // A panel's numbers as int8, [4 inputs][32 features][4].
 static void expand(const uint8_t* panel, const int8_t* factor, int64_t padded, int8_t* to) {

@@ -14,7 +14,11 @@ from peers.side import Setting, free_port, http_side
 
 RELEASE = "llama-cpp-python==0.3.36"
 TARGETS = ("llama-server", "llama-quantize", "llama-perplexity")
+NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+"""Its AMX code ends with a segmentation fault, as on others' machines (ggml-org/llama.cpp issue 20824): without it, it
+computes with AVX-512."""
 OPTIONS = (
+    f"-DCMAKE_C_FLAGS={NO_AMX}", f"-DCMAKE_CXX_FLAGS={NO_AMX}",
     "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF",
     "-DLLAMA_OPENSSL=OFF", "-DGGML_CCACHE=OFF",

@@ -30,7 +30,7 @@ from muster.serve.kernels.packing import LAYOUT, Format, Weights
 
 _ALIGNED = 64
 _DTYPES = {
-    "F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8,
+    "F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8, "I8": torch.int8,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
@@ -135,7 +135,7 @@ def read_packed(path: Path, source: str | None = None, read: Read = read_bytes) 
     linears = {
         name: Weights(
             format=format, features=features, inputs=inputs, packed=True, weight=tensors.pop(f"{name}.weight"),
-            scale=tensors.pop(f"{name}.scale", None), bias=tensors.pop(f"{name}.bias", None),
+            **{part: tensors.pop(f"{name}.{part}", None) for part in ("scale", "factor", "bias")},
         )
         for name, (format, features, inputs) in about["linears"].items()
     }  # fmt: skip

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muster.serve.engine.batch import Batch, PagedCache
-from muster.serve.kernels.packing import Weights, pack
+from muster.serve.kernels.packing import IN_UNIT, Weights, pack
 from muster.serve.kernels.pointers import FLOATS, checked, checked_fp32, checked_pages, pointer
 from muster.serve.kernels.shape import Heads, Linear, QKNorm, Rotation, Trunk
 from muster.serve.kernels.stack import NativeStack
 
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _SIGNATURES = {
-    "linear_float": [_P] * 4 + [_I] * 6,
+    "linear_float": [_P] * 4 + [_I] * 7,
     "linear_int8": [_P] * 5 + [_I] * 7,
-    "linear_int4": [_P] * 5 + [_I] * 8,
+    "linear_int4": [_P] * 6 + [_I] * 7,
     "add_norm": [_P] * 4 + [_I] * 2 + [_D] + [_I] * 2,
     "swiglu": [_P] * 2 + [_I] * 4,
     "rotate_store": [_P] * 5 + [_D] + [_P] * 3 + [_I] * 8,
@@ -60,7 +60,7 @@ class NativeLinear:
         assert all(tensor.is_contiguous() for tensor in self.weights.tensors().values())
         w = self.weights
         self._pointers = [pointer(t) for t in (w.weight, w.scale, w.bias)]
-        self._padded, self._group = w.padded, w.group
+        self._padded, self._factor = w.padded, pointer(w.factor)
         self._narrow_out = int(out == torch.bfloat16)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -76,17 +76,17 @@ class NativeLinear:
             )  # fmt: skip
         elif w.format == "int4":
             self._library.linear_int4(
-                x.data_ptr(), weight, scale, bias, out.data_ptr(), rows, w.inputs, self._padded, w.features,
-                self._group, threads, narrow, narrow_out,
+                x.data_ptr(), weight, self._factor, scale, bias, out.data_ptr(), rows, w.inputs, self._padded,
+                w.features, threads, narrow, narrow_out,
             )  # fmt: skip
         else:
             if x.dtype != w.weight.dtype:
                 raise TypeError(f"activations are {x.dtype}, but the weights are {w.weight.dtype}")
-            if self._padded != w.inputs:
-                x = F.pad(x, (0, self._padded - w.inputs))
+            if odd := w.inputs % IN_UNIT[w.format]:
+                x = F.pad(x, (0, odd))
             self._library.linear_float(
-                x.data_ptr(), weight, bias, out.data_ptr(), rows, w.weight.shape[1], w.features, threads, narrow,
-                narrow_out,
+                x.data_ptr(), weight, bias, out.data_ptr(), rows, -(-w.inputs // IN_UNIT[w.format]),
+                w.weight.shape[1], w.features, threads, narrow, narrow_out,
             )  # fmt: skip
         return out
 
@@ -173,7 +173,7 @@ class Native:
         layers = [(block, [weights(one) for one in block.linears]) for block in trunk.blocks]
         head = None if trunk.head is None else weights(trunk.head)
         every = [one for _, linears in layers for one in linears] + ([] if head is None else [head])
-        if any(one.format in ("fp32", "bf16") and one.padded != one.inputs for one in every):
+        if any(one.format == "bf16" and one.inputs % IN_UNIT["bf16"] for one in every):
             return None  # their activations would have to be filled up
         return NativeStack(self._library, trunk, layers, head, self.compute)
 

@@ -2,7 +2,8 @@
 
 fp32, bf16   as they are
 int8         whole numbers with a scale for each output feature: weight = number * scale
-int4         -8..7 with a bf16 scale for each `GROUP` inputs of an output feature
+int4         -8..7, and a whole factor for each `GROUP` inputs of an output feature: number * factor are the numbers of
+             an int8 layer, and all that is summed is whole (progressive quantisation: QServe, Lin et al. 2024)
 
 Activations of int8 and int4 layers are rounded to 8 bits with a scale for each token when they are used. What rounding
 costs depends on the numbers that stand out, so both sides are `mixed` first, which leaves their product as it is.
@@ -23,17 +24,19 @@ from torch import Tensor
 Format = Literal["fp32", "bf16", "int8", "int4"]
 FORMATS: tuple[Format, ...] = ("fp32", "bf16", "int8", "int4")
 
-LAYOUT = "mixed-panels-of-32"
+LAYOUT = "panels-of-32-whole-groups"
 """The kernels' layout: [panel of 32 features][inputs][32 features], a 32-bit unit of inputs (1 fp32, 2 bf16, 4 int8,
 8 int4) at a time. Written into files of packed weights."""
 GROUP = 32
+_LARGEST_FACTOR = 15
+"""So that -8 times it is an int8."""
 _PANEL = 32
 _MIXED = 64
 """Neighbouring inputs that are mixed with each other."""
 IN_UNIT = {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}
 """Inputs in a 32-bit unit of the layout."""
-_MULTIPLE = {"fp32": 1, "bf16": 2, "int8": 64, "int4": 64}
-"""What inputs are filled up to: a unit of floats; whole vectors of the quantised activations, and whole groups."""
+_MULTIPLE = {"fp32": 1, "bf16": 32, "int8": 64, "int4": 64}
+"""What inputs are filled up to: whole tiles (AMX), whole vectors of the quantised activations, whole groups."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +51,10 @@ class Weights:
     """Plain: (N, K) floats, or whole numbers as int8 of mixed inputs (K filled up to 64s). Packed: bytes of `LAYOUT`,
     with features and inputs filled up."""
     scale: Tensor | None = None
-    """int8: (N,) fp32. int4 plain: (N, groups) bf16; packed: (panels, groups, 32)."""
+    """int8 and int4: (N,) fp32."""
+    factor: Tensor | None = None
+    """int4: int8 -15..15; plain (N, groups). Packed (panels, groups, 32, 2), not negative: numbers n of 0..15 stand for
+    (n - 8) * first + second."""
     bias: Tensor | None = None
     """(N,) fp32."""
 
@@ -57,37 +63,35 @@ class Weights:
         """Inputs of packed weights, those included that they were filled up with."""
         return self.weight.shape[1] * IN_UNIT[self.format]
 
-    @property
-    def group(self) -> int:
-        """Inputs of packed int4 weights that share a scale; 0 for other formats."""
-        return self.padded // self.scale.shape[1] if self.scale is not None and self.format == "int4" else 0
-
     def tensors(self) -> dict[str, Tensor]:
         """What there is, by name."""
-        named = {"weight": self.weight, "scale": self.scale, "bias": self.bias}
+        named = {"weight": self.weight, "scale": self.scale, "factor": self.factor, "bias": self.bias}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
         """The same with each tensor replaced."""
-        scale, bias = (None if tensor is None else function(tensor) for tensor in (self.scale, self.bias))
-        return replace(self, weight=function(self.weight), scale=scale, bias=bias)
+        scale, factor, bias = (
+            None if one is None else function(one) for one in (self.scale, self.factor, self.bias)
+        )
+        return replace(self, weight=function(self.weight), scale=scale, factor=factor, bias=bias)
 
 
 def quantize(weight: Tensor, bias: Tensor | None, format: Format) -> Weights:
     """A matrix (N, K) in a format, plain, by rounding to the nearest."""
     features, inputs = weight.shape
     bias = None if bias is None else bias.detach().float().contiguous()
-    scale = None
+    scale = factor = None
     weight = weight.detach()
     if format == "int8":
         weight, scale = _to_int8(mixed(weight))
     elif format == "int4":
-        weight, scale = _to_int4(mixed(weight))
+        weight, scale, factor = _to_int4(mixed(weight))
     else:
         weight = weight.to(torch.float32 if format == "fp32" else torch.bfloat16).contiguous()
     return Weights(
-        format=format, features=features, inputs=inputs, packed=False, weight=weight, scale=scale, bias=bias
-    )
+        format=format, features=features, inputs=inputs, packed=False, weight=weight, scale=scale, factor=factor,
+        bias=bias,
+    )  # fmt: skip
 
 
 def mixed(x: Tensor) -> Tensor:
@@ -109,14 +113,23 @@ def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return whole.to(torch.int8), scale
 
 
-def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     groups = weight.view(len(weight), -1, GROUP)
-    # The number farthest from zero becomes -8, so that all sixteen values are used (as llama.cpp's q4_0).
-    farthest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
-    scale = (farthest / -8).to(torch.bfloat16)
-    inverse = torch.where(scale == 0, 0.0, 1 / scale.float())
-    whole = torch.round(groups * inverse[..., None]).clamp_(-8, 7)
-    return whole.to(torch.int8).flatten(1), scale
+    # The number farthest from zero becomes about -8, so that all sixteen values are used (as llama.cpp's q4_0).
+    exact = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0] / -8
+    scale = exact.abs().amax(1) / _LARGEST_FACTOR
+    relative = exact.abs() / scale.clamp_min(1e-30)[:, None]
+    least = torch.full_like(exact, torch.inf)
+    kept, factor = torch.zeros_like(groups, dtype=torch.int8), torch.ones_like(exact)
+    for step in (0, -1, 1):  # of the factors nearby, that with the smallest error
+        tried = (torch.round(relative) + step).clamp_(1, _LARGEST_FACTOR).copysign(exact)
+        one = tried * scale[:, None]
+        whole = torch.round(groups / torch.where(one == 0, 1.0, one)[..., None]).clamp_(-8, 7)
+        error = (whole * one[..., None] - groups).square_().sum(-1)
+        better = error < least
+        least, factor = torch.where(better, error, least), torch.where(better, tried, factor)
+        kept = torch.where(better[..., None], whole.to(torch.int8), kept)
+    return kept.flatten(1), scale, factor.to(torch.int8)
 
 
 def _filled(matrix: Tensor, rows: int, columns: int) -> Tensor:
@@ -130,25 +143,34 @@ def pack(plain: Weights) -> Weights:
     """Plain weights in the layout of the kernels."""
     if plain.packed:
         return plain
-    unit, scale = IN_UNIT[plain.format], plain.scale
+    unit = IN_UNIT[plain.format]
     matrix = _filled(plain.weight, _PANEL, _MULTIPLE[plain.format])
-    features, inputs = matrix.shape
+    inputs = matrix.shape[1]
+    scale, bias = (
+        None if row is None else _filled(row[None], 0, _PANEL)[0] for row in (plain.scale, plain.bias)
+    )
+    factor = plain.factor
     if plain.format == "int8":
-        assert scale is not None
         matrix = (matrix.to(torch.int16) + 128).to(torch.uint8)  # VNNI's first factor is unsigned
-        scale = _filled(scale[None], 0, _PANEL)[0]
-    if plain.format == "int4":
-        assert scale is not None
-        matrix = (matrix + 8).to(torch.uint8)
+    if factor is not None:
+        factor = _filled(factor, _PANEL, 1).view(-1, _PANEL, inputs // GROUP).transpose(1, 2)
+        turned = factor < 0
+        # Numbers of a negative factor are kept as those of a positive one: 7 - n in place of 8 + n.
+        signs = (
+            torch.where(turned, -1, 1)
+            .to(torch.int8)
+            .transpose(1, 2)
+            .flatten(0, 1)
+            .repeat_interleave(GROUP, 1)
+        )
+        matrix = (matrix * signs + torch.where(signs < 0, 7, 8)).to(torch.uint8)
+        factor = torch.stack([factor.abs(), factor.abs() * turned], -1).contiguous()
         # [panel][8 inputs][half][32 features][4]: one byte holds an input of each half
         matrix = matrix.view(-1, _PANEL, inputs // 8, 2, 4).permute(0, 2, 3, 1, 4)
         matrix = matrix[:, :, 0] | (matrix[:, :, 1] << 4)
-        scale = F.pad(scale, (0, 0, 0, features - len(scale)))
-        scale = scale.view(-1, _PANEL, inputs // GROUP).transpose(1, 2).contiguous()
     else:
         matrix = matrix.view(-1, _PANEL, inputs // unit, unit).transpose(1, 2)
-    bias = None if plain.bias is None else _filled(plain.bias[None], 0, _PANEL)[0]
-    return replace(plain, packed=True, weight=matrix.contiguous(), scale=scale, bias=bias)
+    return replace(plain, packed=True, weight=matrix.contiguous(), scale=scale, factor=factor, bias=bias)
 
 
 def unpack(packed: Weights) -> Weights:
@@ -156,21 +178,23 @@ def unpack(packed: Weights) -> Weights:
     if not packed.packed:
         return packed
     N, K = packed.features, packed.inputs
-    matrix, scale = packed.weight, packed.scale
-    if packed.format == "int4":
-        assert scale is not None
+    matrix, factor = packed.weight, packed.factor
+    if factor is not None:
         halves = torch.stack([matrix & 15, matrix >> 4], 2)  # [panel][8 inputs][half][32 features][4]
-        matrix = halves.permute(0, 3, 1, 2, 4).to(torch.int8) - 8
-        scale = scale.transpose(1, 2).flatten(0, 1)[:N].contiguous()
+        matrix = halves.permute(0, 3, 1, 2, 4).to(torch.int8).reshape(-1, factor.shape[1], GROUP)
+        signs = (
+            torch.where(factor[..., 1] > 0, -1, 1).to(torch.int8).transpose(1, 2).flatten(0, 1)
+        )  # (N, groups)
+        matrix = (matrix - torch.where(signs < 0, 7, 8)[..., None]).to(torch.int8) * signs[..., None]
+        factor = (factor[..., 0].transpose(1, 2).flatten(0, 1) * signs)[:N].contiguous()
     else:
         matrix = matrix.transpose(1, 2)
         if packed.format == "int8":
             matrix = (matrix.to(torch.int16) - 128).to(torch.int8)
-        scale = None if scale is None else scale[:N]
     width = K if packed.format in ("fp32", "bf16") else -(-K // _MIXED) * _MIXED
     plain = matrix.reshape(-(-N // _PANEL) * _PANEL, -1)[:N, :width].contiguous()
-    bias = None if packed.bias is None else packed.bias[:N]
-    return replace(packed, packed=False, weight=plain, scale=scale, bias=bias)
+    scale, bias = (None if row is None else row[:N] for row in (packed.scale, packed.bias))
+    return replace(packed, packed=False, weight=plain, scale=scale, factor=factor, bias=bias)
 
 
 def floats(plain: Weights) -> Tensor:
@@ -183,6 +207,7 @@ def stored_floats(plain: Weights) -> Tensor:
     """The same for mixed inputs, where the weights are quantised."""
     if plain.scale is None:
         return plain.weight
-    if plain.format == "int8":
-        return plain.weight.float() * plain.scale[:, None]
-    return plain.weight.float() * plain.scale.float().repeat_interleave(GROUP, 1)
+    whole = plain.weight.float()
+    if plain.factor is not None:
+        whole = whole * plain.factor.repeat_interleave(GROUP, 1)
+    return whole * plain.scale[:, None]

@@ -1,7 +1,7 @@
 // Causal attention of new tokens over keys and values that lie in pages, online softmax in fp32 (FlashAttention, Dao
 // et al. 2022). One path for single tokens and for prompts' chunks: a tile is some new tokens of a sequence with all
 // query heads of one kv head, as rows; it walks over the sequence's keys, 64 at a time. Both products are those of
-// `product.h`, after a block of keys has been turned so that keys lie across lanes.
+// `product.h`, or of `tiles.h`, after a block of keys has been turned so that keys lie across lanes.
 //
 // Blocks begin at multiples of 64 of a sequence's positions and a masked key adds an exact zero, so a token's result
 // is the same bits whatever tile, chunk or batch it is computed in.
@@ -10,15 +10,17 @@
 // exact in either T; a key's scale goes into its scores, a value's into the weights that it is multiplied with.
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "pages.h"
 #include "parallel.h"
 #include "product.h"
+#include "tiles.h"
 
 namespace {
 
 constexpr int64_t KEYS = 64;
-constexpr int64_t TILE_ROWS = 32;
+constexpr int64_t MOST_ROWS = 32;
 constexpr float NOTHING = -1e30f;  // finite: the difference of two infinities is no number
 
 struct Shape {
@@ -71,7 +73,7 @@ void fetch(const S* row, int64_t dim) {
     _mm_prefetch(reinterpret_cast<const char*>(row) + line, _MM_HINT_T0);
 }
 
-// `count` of 64 rows of keys to [unit of D][64].
+// `count` of 64 rows of keys to [unit of D][64], units filled with zeros to a multiple of 16.
 template <class T, class S>
 void turn_keys(const S* const* rows, const S* const* next, uint32_t* turned, int64_t dim, int64_t count) {
   const int64_t units = dim / in_unit<T>;
@@ -82,8 +84,7 @@ void turn_keys(const S* const* rows, const S* const* next, uint32_t* turned, int
       Ints block[16];
       for (int i = 0; i < 16; i++) block[i] = load_units<T>(rows[k + i], u, units - u);
       transpose(block);
-      for (int64_t i = 0; i < std::min<int64_t>(16, units - u); i++)
-        store_ints(turned + (u + i) * KEYS + k, block[i]);
+      for (int64_t i = 0; i < 16; i++) store_ints(turned + (u + i) * KEYS + k, block[i]);
     }
   }
 }
@@ -105,11 +106,49 @@ void pair_values(const S* const* rows, const S* const* next, uint32_t* paired, i
   }
 }
 
-// c (rows, columns) = or += a (rows, units) times b (units, columns); columns are a multiple of 16, rows of b and c
-// `step` apart.
 template <class T>
-void multiply(const uint32_t* a, int64_t a_step, const uint32_t* b, int64_t units, float* c, int64_t rows,
+bool in_tiles() {
+  return std::is_same_v<T, bfloat16> && have_tiles();
+}
+
+#ifdef __AMX_BF16__
+// The same as `multiply` of bf16. Rows up to whole tiles are read and written.
+void multiply_in_tiles(const uint32_t* a, int64_t a_step, const uint32_t* b, int64_t units, float* c,
+                       const TileRows& tiles, int64_t columns, int64_t step, bool add) {
+  asm volatile("" : : : "memory");  // loads of tiles say nothing of what they read
+  for (int64_t row = 0; row < tiles.rows; row += tiles.height)
+    for (int64_t column = 0; column < columns; column += 32) {
+      float *to = c + row * step + column, *beside = column + 16 < columns ? to + 16 : nullptr;
+      _tile_zero(0);
+      _tile_zero(1);
+      if (add) _tile_loadd(0, to, step * 4);
+      if (add && beside) _tile_loadd(1, beside, step * 4);
+      for (int64_t u = 0; u < units; u += TILE_UNITS) {
+        const uint32_t* from = b + u * step + column;
+        _tile_loadd(4, a + row * a_step + u, a_step * 4);
+        _tile_loadd(6, from, step * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        if (beside) {
+          _tile_loadd(7, from + 16, step * 4);
+          _tile_dpbf16ps(1, 4, 7);
+        }
+      }
+      _tile_stored(0, to, step * 4);
+      if (beside) _tile_stored(1, beside, step * 4);
+    }
+  asm volatile("" : : : "memory");
+}
+#endif
+
+// c (rows, columns) = or += a (rows, units) times b (units, columns); units and columns are multiples of 16, rows of b
+// and c `step` apart.
+template <class T>
+void multiply(const uint32_t* a, int64_t a_step, const uint32_t* b, int64_t units, float* c, const TileRows& tiles,
               int64_t columns, int64_t step, bool add) {
+#ifdef __AMX_BF16__
+  if (in_tiles<T>()) return multiply_in_tiles(a, a_step, b, units, c, tiles, columns, step, add);
+#endif
+  const int64_t rows = tiles.rows;
   for (int64_t row = 0; row < rows; row += ATTENTION_ROWS)
     with_count<ATTENTION_ROWS>(rows - row, [&]<int ROWS>() {
       constexpr int WIDEST = attention_width(ROWS);
@@ -165,28 +204,36 @@ float soften(float* scores, float scale, const float* scales, int64_t from, int6
 template <class T, class S>
 void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const S* keys, const S* values, T* out) {
   const int64_t group = shape.group(), dim = shape.dim, rows = tile.tokens * group;
-  const int64_t units = dim / in_unit<T>, padded = (dim + 15) / 16 * 16;
+  const int64_t units = (dim / in_unit<T> + 15) / 16 * 16, padded = (dim + 15) / 16 * 16;
+  const TileRows tiles(rows);
+  const int64_t room = tiles.tiles() * tiles.height, query = units * PARTS<T>;
   static thread_local std::vector<uint32_t> kept_queries, kept_keys, kept_values;
   static thread_local std::vector<float> kept_scores, kept_sums;
   static thread_local std::vector<S> nothing;
   uint32_t *turned = scratch(kept_keys, units * KEYS), *paired = scratch(kept_values, KEYS * padded);
-  float *scores = scratch(kept_scores, rows * KEYS), *sums = scratch(kept_sums, rows * padded);
-  uint32_t* queries = scratch(kept_queries, rows * units * PARTS<T>);
+  float *scores = scratch(kept_scores, room * KEYS), *sums = scratch(kept_sums, room * padded);
+  uint32_t* queries = scratch(kept_queries, room * query);
   nothing.resize(row_numbers<S>(dim));  // zeros
   std::vector<float> most(rows, NOTHING), total(rows, 0.f);
   std::fill(sums, sums + rows * padded, 0.f);
-  for (int64_t t = 0; t < tile.tokens; t++)
-    take_apart<T>(reinterpret_cast<const uint32_t*>(qkv + (tile.token + t) * shape.row_numbers() +
-                                                    tile.kv_head * group * dim),
-                  queries + t * group * units * PARTS<T>, group * units, 1);
+  if (units * in_unit<T> != dim) std::fill(queries, queries + rows * query, 0);
+  for (int64_t r = 0; r < rows; r++)
+    take_apart<T>(reinterpret_cast<const uint32_t*>(qkv + (tile.token + r / group) * shape.row_numbers() +
+                                                    (tile.kv_head * group + r % group) * dim),
+                  queries + r * query, dim / in_unit<T>, 1);
   const float scale = 1.f / std::sqrt(static_cast<float>(dim));
   const int64_t begin = tile.begin(shape.window);
   Rows<S> rows_now, rows_next;
   alignas(64) float kept_scales[2 * KEYS];
   const float* scales = std::is_same_v<S, int8_t> ? kept_scales : nullptr;
   find_rows(rows_next, begin, tile, shape, keys, values, nothing.data());
+#ifdef __AMX_BF16__
+  std::optional<Tiles> held;
+  if (in_tiles<T>()) held.emplace(tiles.height);
+#endif
   for (int64_t from = begin; from < tile.end(); from += KEYS) {
-    const int64_t count = std::min(KEYS, (tile.end() - from + 15) / 16 * 16);
+    constexpr int64_t WHOLE = 16 * in_unit<T>;
+    const int64_t count = std::min(KEYS, (tile.end() - from + WHOLE - 1) / WHOLE * WHOLE);
     rows_now = rows_next;
     find_rows(rows_next, from + KEYS, tile, shape, keys, values, nothing.data());
     for (int64_t k = 0; scales && k < KEYS; k++) {
@@ -194,7 +241,7 @@ void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const S* ke
       kept_scales[KEYS + k] = scale_of(rows_now.values[k], dim);
     }
     turn_keys<T>(rows_now.keys, rows_next.keys, turned, dim, count);
-    multiply<T>(queries, units * PARTS<T>, turned, units, scores, rows, count, KEYS, false);
+    multiply<T>(queries, query, turned, units, scores, tiles, count, KEYS, false);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t newest = tile.position + r / group, oldest = shape.window ? newest - shape.window + 1 : 0;
       const float shrink = soften<T>(scores + r * KEYS, scale, scales, from, oldest, newest, most[r], total[r]);
@@ -203,7 +250,7 @@ void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const S* ke
           store(sums + r * padded + d, load(sums + r * padded + d) * broadcast(shrink));
     }
     pair_values<T>(rows_now.values, rows_next.values, paired, dim, padded, count);
-    multiply<T>(reinterpret_cast<const uint32_t*>(scores), KEYS, paired, count / in_unit<T>, sums, rows, padded,
+    multiply<T>(reinterpret_cast<const uint32_t*>(scores), KEYS, paired, count / in_unit<T>, sums, tiles, padded,
                 padded, true);
   }
   for (int64_t r = 0; r < rows; r++) {
@@ -216,7 +263,7 @@ void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const S* ke
 
 std::vector<Tile> tiles_of(const Shape& shape, const int64_t* starts, const int64_t* lengths, const int64_t* table,
                            int64_t sequences) {
-  const int64_t most = std::max<int64_t>(1, TILE_ROWS / shape.group());
+  const int64_t most = std::max<int64_t>(1, MOST_ROWS / shape.group());
   std::vector<Tile> tiles;
   for (int64_t s = 0; s < sequences; s++) {
     const int64_t count = starts[s + 1] - starts[s], old = lengths[s] - count;

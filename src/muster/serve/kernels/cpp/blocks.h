@@ -12,8 +12,9 @@ struct RowBlocks {
     height = (rows + blocks - 1) / blocks;
   }
   int64_t rows_in(int64_t first) const { return std::min(height, rows - first); }
-  // Of a row's units: where the first is, and how far apart they are.
+  // Of a row's units: where the first is, where another is from there, and how far apart they are.
   int64_t start(int64_t row, int64_t units) const { return row / height * height * units + row % height; }
+  int64_t offset(int64_t row, int64_t unit) const { return unit * step(row); }
   int64_t step(int64_t row) const { return rows_in(row / height * height); }
 };
 

@@ -14,20 +14,21 @@ enum Format : int64_t { FLOAT, INT8, INT4 };
 // These are filled in by `stack.py`, field by field.
 struct Linear {
   int64_t format;
-  const void *weight, *scale;
-  const float* bias;
-  int64_t inputs, padded, features, group;
+  const void* weight;
+  const int8_t* factor;
+  const float *scale, *bias;
+  int64_t inputs, padded, features;
 
   void operator()(const void* x, void* out, int64_t rows, int64_t threads, int64_t narrow, int64_t narrow_out) const {
+    const auto* bytes = static_cast<const uint8_t*>(weight);
     if (format == INT8)
-      muster_linear_int8(x, static_cast<const uint8_t*>(weight), static_cast<const float*>(scale), bias, out, rows,
-                         inputs, padded, features, threads, narrow, narrow_out);
+      muster_linear_int8(x, bytes, scale, bias, out, rows, inputs, padded, features, threads, narrow, narrow_out);
     else if (format == INT4)
-      muster_linear_int4(x, static_cast<const uint8_t*>(weight), static_cast<const bfloat16*>(scale), bias, out, rows,
-                         inputs, padded, features, group, threads, narrow, narrow_out);
+      muster_linear_int4(x, bytes, factor, scale, bias, out, rows, inputs, padded, features, threads, narrow,
+                         narrow_out);
     else
       muster_linear_float(x, static_cast<const uint32_t*>(weight), bias, out, rows, inputs / (narrow ? 2 : 1),
-                          features, threads, narrow, narrow_out);
+                          padded / (narrow ? 2 : 1), features, threads, narrow, narrow_out);
   }
 };
 

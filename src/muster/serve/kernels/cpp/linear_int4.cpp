@@ -1,41 +1,106 @@
-// W4A8: weights in 4 bits (-8..7) with a bf16 scale for each group of inputs of an output feature, activations in 8
-// bits with a scale for each row. Panels [panel][8 inputs][32 features][4 bytes]: the low half of byte j is input j,
-// the high half input 4 + j, each plus 8. Scales [panel][group][32].
+// W4A8: weights in 4 bits that are factors of an int8 layer's (`packing.py`), activations in 8 bits with a scale for
+// each row. Panels [panel][8 inputs][32 features][4 bytes]: the low half of byte j is input j, the high half input
+// 4 + j. Factors [panel][group of 32 inputs][32 features][2]: a number n stands for (n - 8) * first + second.
 #include "quantize.h"
+#include "tiles.h"
 
-extern "C" void muster_linear_int4(const void* x, const uint8_t* weight, const bfloat16* scale, const float* bias,
-                                   void* out, int64_t rows, int64_t inputs, int64_t padded, int64_t features,
-                                   int64_t group, int64_t threads, int64_t narrow_in, int64_t narrow_out) {
+constexpr int64_t GROUP = 32;
+
+// The whole sums of a row and 16 features, as the layer's results.
+static inline void finish(void* out, int64_t index, Ints whole, float row_scale, const float* scale, const float* bias,
+                          int64_t column, int64_t features, bool narrow) {
+  const Floats plus = bias ? load(bias + column) : broadcast(0.f);
+  store(out, index, fmadd(to_floats(whole), broadcast(row_scale) * load(scale + column), plus),
+        first(features - column), narrow);
+}
+
+#ifdef __AMX_INT8__
+// From so many rows on, it pays to make a panel's int8 numbers and to multiply with those. The results are the same.
+constexpr int64_t FOR_TILES = 16;
+
+// A panel's numbers as int8, [4 inputs][32 features][4].
+static void expand(const uint8_t* panel, const int8_t* factor, int64_t padded, int8_t* to) {
+  for (int64_t g = 0; g < padded; g += GROUP)
+    for (int v = 0; v < 2; v++) {
+      // A feature's factor in each half of its lane: products of numbers of 4 bits, side by side, do not meet.
+      const Ints both = load_pairs(factor + g / GROUP * 2 * PANEL + 32 * v);
+      const Ints second = bit_or(shift_right<16>(both), high_half(both));
+      const Ints twice = halves(both, shift_left<16>(both));
+      const Ints least = _mm512_sub_epi16(_mm512_slli_epi16(twice, 3), second);
+      const Ints zero = bit_or(least, _mm512_slli_epi16(least, 8));  // what a number of 0 stands for, negated
+      for (int64_t i = g; i < g + GROUP; i += 8) {
+        const Ints bytes = load_ints(panel + i * (PANEL / 2) + 64 * v);
+        int8_t* at = to + i * PANEL + 64 * v;
+        store_ints(at, _mm512_sub_epi8(_mm512_mullo_epi16(low_nibbles(bytes), twice), zero));
+        store_ints(at + 4 * PANEL, _mm512_sub_epi8(_mm512_mullo_epi16(high_nibbles(bytes), twice), zero));
+      }
+    }
+}
+
+static void linear_in_tiles(const void* x, const uint8_t* weight, const int8_t* factor, const float* scale,
+                            const float* bias, void* out, int64_t rows, int64_t inputs, int64_t padded,
+                            int64_t features, int64_t threads, bool narrow_in, bool narrow_out) {
   static thread_local std::vector<uint32_t> kept_q;
   static thread_local std::vector<float> kept_scales;
   static thread_local std::vector<int32_t> kept_sums;
-  const int64_t groups = padded / group, panels = (features + PANEL - 1) / PANEL;
+  const TileRows tiles(rows);
+  uint32_t* q = scratch(kept_q, tiles.numbers(padded / 4));
+  float* scales = scratch(kept_scales, rows);
+  int32_t* sums = scratch(kept_sums, rows);
+  quantize_rows<1>(x, narrow_in, tiles, q, scales, sums, 1, inputs, padded, padded, threads);
+  const int64_t panels = (features + PANEL - 1) / PANEL;
+  parallel_for(panels, run_of(panels, threads), threads, [&](int64_t panel) {
+    static thread_local std::vector<int8_t> kept_panel;
+    int8_t* expanded = scratch(kept_panel, padded * PANEL);
+    expand(weight + panel * padded * (PANEL / 2), factor + panel * padded / GROUP * 2 * PANEL, padded, expanded);
+    multiply_panel<int8_t>(tiles, q, expanded, padded / 4, [&](int64_t row, const int32_t* whole) {
+      for (int v = 0; v < 2; v++) {
+        const int64_t column = panel * PANEL + 16 * v;
+        finish(out, row * features + column, load_ints(whole + 16 * v), scales[row], scale, bias, column,
+               features, narrow_out);
+      }
+    });
+  });
+}
+#endif
+
+extern "C" void muster_linear_int4(const void* x, const uint8_t* weight, const int8_t* factor, const float* scale,
+                                   const float* bias, void* out, int64_t rows, int64_t inputs, int64_t padded,
+                                   int64_t features, int64_t threads, int64_t narrow_in, int64_t narrow_out) {
+#ifdef __AMX_INT8__
+  if (rows >= FOR_TILES && have_tiles())
+    return linear_in_tiles(x, weight, factor, scale, bias, out, rows, inputs, padded, features, threads, narrow_in,
+                           narrow_out);
+#endif
+  static thread_local std::vector<uint32_t> kept_q;
+  static thread_local std::vector<float> kept_scales;
+  static thread_local std::vector<int32_t> kept_sums;
+  const int64_t groups = padded / GROUP, panels = (features + PANEL - 1) / PANEL;
   const RowBlocks blocks(rows, MOST_ROWS_INT4);
   uint32_t* q = scratch(kept_q, rows * padded / 4);
   float* scales = scratch(kept_scales, rows);
-  int32_t* corrections = scratch(kept_sums, rows * groups);  // what the 8 that is added to each weight contributes
-  quantize_rows<1>(x, narrow_in, blocks, q, scales, corrections, -8, inputs, padded, group, threads);
+  int32_t* activations = scratch(kept_sums, rows * groups);  // the sums of each group
+  quantize_rows<1>(x, narrow_in, blocks, q, scales, activations, 1, inputs, padded, GROUP, threads);
   parallel_for(panels, run_of(panels, threads), threads, [&](int64_t panel) {
     const uint8_t* w = weight + panel * padded * (PANEL / 2);
-    const bfloat16* s = scale + panel * groups * PANEL;
-    const int64_t column = panel * PANEL;
+    const int8_t* f = factor + panel * groups * 2 * PANEL;
     for (int64_t row = 0; row < rows; row += blocks.height)
       with_count<MOST_ROWS_INT4>(blocks.rows_in(row), [&]<int ROWS>() {
         constexpr int WIDE = width(ROWS);
         const uint32_t* tokens = q + row * padded / 4;
         for (int64_t from = 0; from < PANEL; from += 16 * WIDE) {
-          Floats sums[ROWS][WIDE];
+          Ints sums[ROWS][WIDE];
 #pragma GCC unroll 16
           for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-            for (int v = 0; v < WIDE; v++) sums[r][v] = broadcast(0.f);
+            for (int v = 0; v < WIDE; v++) sums[r][v] = broadcast(0);
           for (int64_t g = 0; g < groups; g++) {
             Ints whole[ROWS][WIDE];
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-              for (int v = 0; v < WIDE; v++) whole[r][v] = nibble_sum(corrections[(row + r) * groups + g]);
-            for (int64_t i = g * group; i < (g + 1) * group; i += 8) {
+              for (int v = 0; v < WIDE; v++) whole[r][v] = nibble_sum(-8 * activations[(row + r) * groups + g]);
+            for (int64_t i = g * GROUP; i < (g + 1) * GROUP; i += 8) {
               const uint8_t* at = w + i * (PANEL / 2) + 4 * from;
               Ints low[WIDE], high[WIDE];
 #pragma GCC unroll 2
@@ -56,22 +121,24 @@ extern "C" void muster_linear_int4(const void* x, const uint8_t* weight, const b
                 for (int v = 0; v < WIDE; v++) whole[r][v] = multiply_add_nibbles(whole[r][v], high[v], last_four);
               }
             }
+            // A group's sum fits 16 bits, and so does that of its activations: side by side, they are multiplied with
+            // the two factors in one instruction.
 #pragma GCC unroll 2
             for (int v = 0; v < WIDE; v++) {
-              const Floats by = load(s + g * PANEL + from + 16 * v);
+              const Ints both = load_pairs(f + (g * PANEL + from + 16 * v) * 2);
 #pragma GCC unroll 16
-              for (int r = 0; r < ROWS; r++)
-                sums[r][v] = fmadd(to_floats(full_sum(whole[r][v])), by, sums[r][v]);
+              for (int r = 0; r < ROWS; r++) {
+                const Ints sum = broadcast(activations[(row + r) * groups + g] << 16);
+                sums[r][v] = multiply_add_pairs(sums[r][v], halves(full_sum(whole[r][v]), sum), both);
+              }
             }
           }
 #pragma GCC unroll 2
           for (int v = 0; v < WIDE; v++) {
-            const int64_t c = column + from + 16 * v;
-            const Floats plus = bias ? load(bias + c) : broadcast(0.f);
+            const int64_t c = panel * PANEL + from + 16 * v;
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; r++)
-              store(out, (row + r) * features + c, fmadd(sums[r][v], broadcast(scales[row + r]), plus),
-                    first(features - c), narrow_out);
+              finish(out, (row + r) * features + c, sums[r][v], scales[row + r], scale, bias, c, features, narrow_out);
           }
         }
       });

@@ -2,10 +2,45 @@
 // Panels [panel][4 inputs][32 features][4]: what VNNI's dpbusd multiplies. It takes its first factor unsigned, so 128
 // is added to each weight; a row's `correction`, -128 times the sum of its activations, takes that back.
 #include "quantize.h"
+#include "tiles.h"
+
+#ifdef __AMX_INT8__
+// From so many rows on, tiles are faster. The results are the same.
+constexpr int64_t FOR_TILES = 8;
+
+static void linear_in_tiles(const void* x, const uint8_t* weight, const float* scale, const float* bias, void* out,
+                            int64_t rows, int64_t inputs, int64_t padded, int64_t features, int64_t threads,
+                            bool narrow_in, bool narrow_out) {
+  static thread_local std::vector<uint32_t> kept_q;
+  static thread_local std::vector<float> kept_scales;
+  static thread_local std::vector<int32_t> kept_corrections;
+  const TileRows tiles(rows);
+  uint32_t* q = scratch(kept_q, tiles.numbers(padded / 4));
+  float* scales = scratch(kept_scales, rows);
+  int32_t* corrections = scratch(kept_corrections, rows);
+  quantize_rows<1>(x, narrow_in, tiles, q, scales, corrections, -128, inputs, padded, padded, threads);
+  const int64_t panels = (features + PANEL - 1) / PANEL;
+  parallel_for(panels, run_of(panels, threads), threads, [&](int64_t panel) {
+    multiply_panel<uint8_t>(tiles, q, weight + panel * padded * PANEL, padded / 4,
+                                    [&](int64_t row, const int32_t* sums) {
+      for (int v = 0; v < 2; v++) {
+        const int64_t c = panel * PANEL + 16 * v;
+        const Floats by = broadcast(scales[row]) * load(scale + c), plus = bias ? load(bias + c) : broadcast(0.f);
+        const Ints whole = add(load_ints(sums + 16 * v), broadcast(corrections[row]));
+        store(out, row * features + c, fmadd(to_floats(whole), by, plus), first(features - c), narrow_out);
+      }
+    });
+  });
+}
+#endif
 
 extern "C" void muster_linear_int8(const void* x, const uint8_t* weight, const float* scale, const float* bias,
                                    void* out, int64_t rows, int64_t inputs, int64_t padded, int64_t features,
                                    int64_t threads, int64_t narrow_in, int64_t narrow_out) {
+#ifdef __AMX_INT8__
+  if (rows >= FOR_TILES && have_tiles())
+    return linear_in_tiles(x, weight, scale, bias, out, rows, inputs, padded, features, threads, narrow_in, narrow_out);
+#endif
   static thread_local std::vector<uint32_t> kept_q;
   static thread_local std::vector<float> kept_scales;
   static thread_local std::vector<int32_t> kept_corrections;

@@ -22,10 +22,10 @@ inline void mix(Floats (&x)[4]) {
   x[3] = (b - d) * eighth;
 }
 
-// q: units of four numbers, or their two parts, as `blocks.h` has them, of rows filled with zeros up to `padded`; scale
-// (rows,); and for each `group` of numbers `per_sum` times their sum, (rows, padded / group).
-template <int P, class T>
-inline void quantize_rows(const T* x, const RowBlocks& blocks, uint32_t* q, float* scale, int32_t* sums, int per_sum,
+// q: units of four numbers, or their two parts, where `Blocks` (`blocks.h`, `tiles.h`) has them, of rows filled with
+// zeros up to `padded`; scale (rows,); and for each `group` of numbers `per_sum` times their sum, (rows, padded / group).
+template <int P, class T, class Blocks>
+inline void quantize_rows(const T* x, const Blocks& blocks, uint32_t* q, float* scale, int32_t* sums, int per_sum,
                           int64_t inputs, int64_t padded, int64_t group, int64_t threads) {
   parallel_for(blocks.rows, 4, blocks.rows >= 8 ? threads : 1, [&](int64_t row) {
     static thread_local std::vector<float> kept;
@@ -57,7 +57,7 @@ inline void quantize_rows(const T* x, const RowBlocks& blocks, uint32_t* q, floa
         for (int p = 0; p < P; p++) {
           // A part is two 16-bit numbers: the bytes in even places, or those in odd ones.
           const __m128i four = P == 1 ? units : _mm_srai_epi16(p ? units : _mm_slli_epi16(units, 8), 8);
-          uint32_t* at = to + (i / 4 * P + p) * step;
+          uint32_t* at = to + blocks.offset(row, i / 4 * P + p);
           at[0] = _mm_extract_epi32(four, 0);
           at[P * step] = _mm_extract_epi32(four, 1);
           at[2 * P * step] = _mm_extract_epi32(four, 2);
@@ -69,8 +69,8 @@ inline void quantize_rows(const T* x, const RowBlocks& blocks, uint32_t* q, floa
   });
 }
 
-template <int P>
-inline void quantize_rows(const void* x, bool narrow, const RowBlocks& blocks, uint32_t* q, float* scale, int32_t* sums,
+template <int P, class Blocks>
+inline void quantize_rows(const void* x, bool narrow, const Blocks& blocks, uint32_t* q, float* scale, int32_t* sums,
                           int per_sum, int64_t inputs, int64_t padded, int64_t group, int64_t threads) {
   auto run = [&](auto* typed) {
     quantize_rows<P>(typed, blocks, q, scale, sums, per_sum, inputs, padded, group, threads);

@@ -245,6 +245,19 @@ inline Ints full_sum(Ints nibble_sum) {
 }
 #endif
 
+// 16-bit numbers: 32 int8 made wider, a lane's halves from two vectors, and sum + the two products of each lane.
+inline Ints load_pairs(const int8_t* from) {
+  const auto at = reinterpret_cast<const __m128i*>(from);
+  return {_mm256_cvtepi8_epi16(_mm_loadu_si128(at)), _mm256_cvtepi8_epi16(_mm_loadu_si128(at + 1))};
+}
+inline Ints halves(Ints low, Ints high) {
+  return {_mm256_blend_epi16(low.low, high.low, 0xaa), _mm256_blend_epi16(low.high, high.high, 0xaa)};
+}
+inline Ints multiply_add_pairs(Ints sum, Ints a, Ints b) {
+  return {_mm256_add_epi32(sum.low, _mm256_madd_epi16(a.low, b.low)),
+          _mm256_add_epi32(sum.high, _mm256_madd_epi16(a.high, b.high))};
+}
+
 // Of lanes that lie APART lanes from each other, the sum in the first and the difference in the second.
 template <int APART>
 inline Floats sum_and_difference(Floats x) {

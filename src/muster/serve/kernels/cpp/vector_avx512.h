@@ -118,6 +118,13 @@ inline Ints even_bytes(Ints x) { return _mm512_and_si512(x, _mm512_set1_epi16(0x
 inline Ints odd_bytes(Ints x) { return _mm512_srli_epi16(x, 8); }
 inline Ints high_half(Ints x) { return _mm512_and_si512(x, broadcast(static_cast<int32_t>(0xffff0000))); }
 
+// 16-bit numbers: 32 int8 made wider, a lane's halves from two vectors, and sum + the two products of each lane.
+inline Ints load_pairs(const int8_t* from) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Ints halves(Ints low, Ints high) { return _mm512_mask_blend_epi16(0xaaaaaaaa, low, high); }
+inline Ints multiply_add_pairs(Ints sum, Ints a, Ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
+
 // Of lanes that lie APART lanes from each other, the sum in the first and the difference in the second.
 template <int APART>
 inline Floats sum_and_difference(Floats x) {

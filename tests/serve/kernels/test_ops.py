@@ -90,13 +90,18 @@ def test_largest_products_are_exact(each_library: ctypes.CDLL, format: Format) -
     signs[0], signs[1], signs[2, ::2] = 1, -1, 1
     activations, whole = signs * 127, torch.where(signs > 0, ends[1], ends[0])
     whole = torch.cat([whole, torch.randint(ends[0], ends[1] + 1, (8, inputs))])
-    scale = torch.ones(16) if format == "int8" else torch.ones(16, inputs // GROUP, dtype=torch.bfloat16)
-    plain = Weights(
-        format=format, features=16, inputs=inputs, packed=False, weight=whole.to(torch.int8), scale=scale
+    factor = (
+        torch.tensor([1, -1, 15, -15])[torch.randint(4, (16, inputs // GROUP))] if format == "int4" else None
     )
+    plain = Weights(
+        format=format, features=16, inputs=inputs, packed=False, weight=whole.to(torch.int8), scale=torch.ones(16),
+        factor=None if factor is None else factor.to(torch.int8),
+    )  # fmt: skip
     linear = Native(each_library, torch.float32).linear(plain, torch.float32)
-    found = linear(mixed(activations.float()))  # which mixing undoes
-    assert_close(found, activations @ whole.T, 1e-6)
+    found = linear(mixed(activations.float()).repeat(5, 1))  # which mixing undoes
+    if factor is not None:
+        whole = whole * factor.repeat_interleave(GROUP, 1)
+    assert_close(found, (activations @ whole.T).repeat(5, 1), 1e-6)
 
 
 def test_zero_rows_stay_zero(each_library: ctypes.CDLL) -> None:

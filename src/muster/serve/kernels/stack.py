@@ -137,7 +137,8 @@ class NativeStack:
         )  # fmt: skip
 
     def _reach(self, positions: int) -> None:
-        """Have angles of so many positions, or up to twice as many: less than a hundredth of what their keys take."""
+        """Have angles of so many positions, or up to twice as many. One's are 4 D bytes: no more than what one layer's
+        cache holds of a token in bf16."""
         self._positions = max(_FEWEST_POSITIONS, 1 << (positions - 1).bit_length())
         half = self._heads.dim // 2  # the other is the same
         angles = rotation_at(self._spec, torch.arange(self._positions))

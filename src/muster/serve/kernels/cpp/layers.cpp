@@ -60,7 +60,7 @@ struct Batch {
   int64_t rows, sequences, table_width, wanted_rows, threads;
 };
 
-// The angles of each row's position, (rows, D) of which the first halves are read. A sequence's new tokens are its last.
+// The angles of each row's position: (rows, D), of which the first halves are read. New tokens are a sequence's last.
 void find_angles(const Batch& batch, int64_t dim, const float* table, float* angles) {
   for (int64_t s = 0; s < batch.sequences; s++)
     for (int64_t row = batch.starts[s]; row < batch.starts[s + 1]; row++)

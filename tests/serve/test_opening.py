@@ -11,6 +11,7 @@ import pytest
 from muster.errors import ConfigError, DoesNotFit, UsageError
 from muster.model.config_json import read_spec
 from muster.model.folder import load_folder
+from muster.observe.format import count
 from muster.serve.codec import TextCodec
 from muster.serve.folders import Source, find_source, serve_section
 from muster.serve.opening import cache_blocks, choose_threads, open_model, token_bytes
@@ -94,6 +95,12 @@ def test_a_draft_model_of_the_same_tokenizer(folder: Path, copy: Path) -> None:
     for draft in ("ngram", str(copy)):
         opened = open_model(folder, dtype="fp32", draft=draft)
         opened.engine.close()
+        who = (
+            "the text so far"
+            if draft == "ngram"
+            else f"model, {count(opened.parameters)} parameters, and the text"
+        )
+        assert opened.draft.startswith(who)
     edit(copy / "tokenizer_config.json", eos_token="a")
     with pytest.raises(UsageError, match="another tokenizer than the model"):
         open_model(folder, draft=str(copy))

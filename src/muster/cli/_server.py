@@ -140,6 +140,8 @@ def _announce(model: Opened, url: str) -> None:
     if (ranks := model.tensor * model.pipeline) > 1:
         lines.append(f"layout  tensor {model.tensor} x pipeline {model.pipeline}: {ranks} ranks")
     lines.append(f"cache   {model.cache}")
+    if model.draft:
+        lines.append(f"draft   {model.draft}")
     for one in model.adapters:
         lines.append(f"adapter {one.name}: rank {one.rank}, {count(one.parameters)} parameters")
     lines.append(f"threads {model.threads}: {model.threads_reason}")

@@ -62,8 +62,8 @@ def serve(
         Format of keys and values in the cache: int8 holds almost twice as many tokens in the same memory. Default: the
         run file's serve.kv, else bf16 (fp32 with --dtype fp32).
     draft
-        A smaller model with the same tokenizer that guesses ahead, or `ngram` for guesses from the text itself. Used
-        while it is measured to be faster; the answers stay the same.
+        A smaller model with the same tokenizer that guesses ahead, and the text itself where that has been right more
+        often; or `ngram` for the text alone. Used while it is measured to be faster; the answers stay the same.
     tensor
         Ranks over which every matrix is divided. Default: the run file's serve.layout, else 1.
     pipeline

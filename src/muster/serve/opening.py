@@ -12,6 +12,7 @@ import psutil
 
 from muster.errors import ConfigError, DoesNotFit, UsageError
 from muster.model.spec import TransformerSpec
+from muster.observe.format import count
 from muster.serve.crossing import WAITING_S
 from muster.serve.folders import Source, find_source, read_spec
 from muster.serve.guide import guides_of
@@ -72,6 +73,8 @@ class Opened:
     adapters: Sequence[Adapter] = ()
     cache: str = ""
     """What the key-value cache holds, in words."""
+    draft: str = ""
+    """What guesses ahead, in words; empty for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +147,7 @@ def open_model(
             f"{spec.vocab}: they do not belong together"
         )
     threads, reason = choose_threads(spec.parameters(), tensor * pipeline)
+    drafts = None if draft is None or draft == NGRAM else _draft_source(Path(draft), codec)
     setup = Setup(
         folder=str(source.weights),
         tokenizer=str(source.tokenizer),
@@ -152,7 +156,7 @@ def open_model(
         context_tokens=min(context_tokens or spec.context, spec.context),
         vocab=codec.tokenizer.vocab,
         threads=threads,
-        draft=draft if draft is None or draft == NGRAM else str(_draft_folder(Path(draft), codec)),
+        draft=draft if drafts is None else str(drafts.weights),
         tensor=tensor,
         pipeline=pipeline,
         step=source.step,
@@ -176,6 +180,7 @@ def open_model(
         pipeline=pipeline,
         adapters=added,
         cache=_cache_in_words(engine.stats().blocks * BLOCK_TOKENS, spec, setup),
+        draft=_draft_in_words(draft, drafts),
     )
 
 
@@ -206,7 +211,7 @@ def _start(setup: Setup, own_process: bool, worker: Worker | None, waiting_s: fl
     return made, made.kernels
 
 
-def _draft_folder(path: Path, codec: TextCodec) -> Path:
+def _draft_source(path: Path, codec: TextCodec) -> Source:
     from muster.serve.codec import TextCodec
 
     source = find_source(path)
@@ -216,7 +221,18 @@ def _draft_folder(path: Path, codec: TextCodec) -> Path:
             f"the draft model {source.name} has another tokenizer than the model, so that its tokens are not the "
             f"model's: use one that was trained or distilled with the same"
         )
-    return source.weights
+    return source
+
+
+def _draft_in_words(draft: str | None, source: Source | None) -> str:
+    if draft is None:
+        return ""
+    who = "the text so far"
+    if source is not None:
+        who = (
+            f"{source.name}, {count(read_spec(source.weights).parameters())} parameters, and the text so far"
+        )
+    return f"{who}: guesses are used where they are measured to be faster"
 
 
 def _refuse(

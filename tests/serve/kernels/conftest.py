@@ -35,13 +35,9 @@ def library(library_of: LibraryOf) -> ctypes.CDLL:
     return library_of(None)
 
 
-WITHOUT_BF16 = pytest.param(LEVELS[0], marks=pytest.mark.long)
-"""Ice Lake has AVX-512 VNNI, but no instructions for bf16."""
-
-
 @pytest.fixture(
     scope="session",
-    params=[None, *LEVELS[1:], WITHOUT_BF16],
+    params=[None, *LEVELS[1:]],
     ids=lambda level: level.name if level else "this processor",
 )
 def each_library(request: pytest.FixtureRequest, library_of: LibraryOf) -> ctypes.CDLL:

@@ -154,7 +154,8 @@ PROCESSORS = {
     "Skylake-X": (AVX2 + AVX512, "AVX2"),
     "Alder Lake": ([*AVX2, "avx_vnni"], "AVX2 and AVX-VNNI"),
     "Cascade Lake": ([*AVX2, *AVX512, "avx512_vnni"], "AVX-512 VNNI"),
-    "Sapphire Rapids": ([*AVX2, *AVX512, "avx512_vnni", "avx_vnni"], "AVX-512 VNNI"),
+    "Zen 5": ([*AVX2, *AVX512, "avx512_vnni", "avx_vnni"], "AVX-512 VNNI"),
+    "Sapphire Rapids": ([*AVX2, *AVX512, "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16"], "AMX"),
 }
 
 
@@ -172,7 +173,7 @@ def test_level_that_the_processor_lacks(small: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(build, "LEVELS", LEVELS)
     monkeypatch.setattr(build, "_features", lambda: AVX2)
     load_library(LEVELS[-1])
-    with pytest.raises(Unavailable, match="no AVX-512 VNNI"):
+    with pytest.raises(Unavailable, match="no AMX"):
         load_library(LEVELS[0])
     monkeypatch.setattr(build, "_features", lambda: ["avx", "avx2"])
     with pytest.raises(Unavailable, match="no fma, and the C\\+\\+ kernels need AVX2"):
@@ -183,14 +184,16 @@ def test_level_that_the_processor_lacks(small: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("level", LEVELS[1:], ids=lambda level: level.name)
 def test_no_instruction_above_the_level(level: Level, library_of: LibraryOf) -> None:
     """One would end the process on a processor without it, and no test on a newer one would notice."""
+    wide = "avx512f" in level.needs
     disassembled = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", library_of(level)._name],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert "%ymm" in disassembled
-    assert not re.findall(r"%zmm|%k[0-7]|%[xy]mm(?:1[6-9]|[23][0-9])", disassembled)
+    above = r"%tmm|vdpbf16ps|vcvtneps2bf16" if wide else r"%zmm|%k[0-7]|%[xy]mm(?:1[6-9]|[23][0-9])"
+    assert "%zmm" in disassembled if wide else "%ymm" in disassembled
+    assert not re.findall(above, disassembled)
     assert ("{vex} vpdpbusd" in disassembled) == ("avx_vnni" in level.needs)
 
 

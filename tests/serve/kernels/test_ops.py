@@ -82,6 +82,17 @@ def test_rows_do_not_depend_on_their_neighbours(each_library: ctypes.CDLL, forma
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
+def test_whole_sums_are_the_same_bits_on_every_level(
+    library: ctypes.CDLL, each_library: ctypes.CDLL, format: Format
+) -> None:
+    torch.manual_seed(0)
+    plain, x = quantize(torch.randn(70, 330), torch.randn(70), format), torch.randn(37, 330)
+    best, other = (Native(one, torch.float32).linear(plain, torch.float32) for one in (library, each_library))
+    assert torch.equal(best(x), other(x))
+    assert torch.equal(best(x), torch.cat([other(row[None]) for row in x]))
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
 def test_largest_products_are_exact(each_library: ctypes.CDLL, format: Format) -> None:
     """Pairs of bytes whose products do not fit into 16 bits, and sums of a group that nearly do not."""
     torch.manual_seed(0)

@@ -40,6 +40,7 @@ class Level:
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 LEVELS = (
+    Level(name="AMX", needs=(*_AVX512, "amx_int8", "amx_bf16"), architecture="sapphirerapids"),
     Level(name="AVX-512 VNNI", needs=_AVX512, architecture="cascadelake"),
     Level(name="AVX2 and AVX-VNNI", needs=(*_AVX2, "avx_vnni"), architecture="alderlake"),
     Level(name="AVX2", needs=_AVX2, architecture="haswell"),

@@ -12,6 +12,7 @@
 #include <limits>
 #include <optional>
 
+#include "operations.h"
 #include "pages.h"
 #include "parallel.h"
 #include "product.h"

@@ -1,5 +1,6 @@
 // x (rows, units) times weights in fp32 or bf16, laid out in panels [panel][unit, filled up to `padded`][32 features].
 #include "blocks.h"
+#include "operations.h"
 #include "parallel.h"
 #include "product.h"
 #include "tiles.h"

@@ -1,6 +1,7 @@
 // W4A8: weights in 4 bits that are factors of an int8 layer's (`packing.py`), activations in 8 bits with a scale for
 // each row. Panels [panel][8 inputs][32 features][4 bytes]: the low half of byte j is input j, the high half input
 // 4 + j. Factors [panel][group of 32 inputs][32 features][2]: a number n stands for (n - 8) * first + second.
+#include "operations.h"
 #include "quantize.h"
 #include "tiles.h"
 

@@ -1,6 +1,7 @@
 // W8A8: weights in 8 bits with a scale for each output feature, activations in 8 bits with a scale for each row.
 // Panels [panel][4 inputs][32 features][4]: what VNNI's dpbusd multiplies. It takes its first factor unsigned, so 128
 // is added to each weight; a row's `correction`, -128 times the sum of its activations, takes that back.
+#include "operations.h"
 #include "quantize.h"
 #include "tiles.h"
 

@@ -63,10 +63,12 @@ def test_the_text_guesses_as_far_as_it_pays() -> None:
 
 def test_a_poor_stretch_does_not_end_what_pays() -> None:
     """Guesses that bring 1.3 times as much on the whole, in steps of one token or of four."""
-    gain, on, rng = Gain(), 0, random.Random(1)
-    for _ in range(2000):
-        guessed = gain.guesses(1)
-        on += guessed
-        lucky = rng.random() < 0.3  # 0.7 + 1.2 = 1.9 tokens in 1.46 times the time
-        gain.record(1, guessed, tokens=4 if guessed and lucky else 1, seconds=0.0146 if guessed else 0.01)
-    assert on > 0.9 * 2000
+    on = 0
+    for seed in range(8):
+        gain, rng = Gain(), random.Random(seed)
+        for _ in range(1000):
+            guessed = gain.guesses(1)
+            on += guessed
+            lucky = rng.random() < 0.3  # 0.7 + 1.2 = 1.9 tokens in 1.46 times the time
+            gain.record(1, guessed, tokens=4 if guessed and lucky else 1, seconds=0.0146 if guessed else 0.01)
+    assert on > 0.8 * 8 * 1000

@@ -71,4 +71,4 @@ def test_a_poor_stretch_does_not_end_what_pays() -> None:
             on += guessed
             lucky = rng.random() < 0.3  # 0.7 + 1.2 = 1.9 tokens in 1.46 times the time
             gain.record(1, guessed, tokens=4 if guessed and lucky else 1, seconds=0.0146 if guessed else 0.01)
-    assert on > 0.8 * 8 * 1000
+    assert on > 0.6 * 8 * 1000, "ten steps of memory: a quarter"

@@ -6,6 +6,7 @@ likely that is, each drafter learns from what became of guesses like it (`Hits`)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -145,15 +146,20 @@ class ModelDrafter:
 
     def _draw(self, drawing: Sequence[tuple[Asked, _Shadow]], logits: Tensor) -> None:
         """Another guess for each, from logits (W, V)."""
-        ids, sound = sample(
-            logits,
-            [one.params for one, _ in drawing],
-            [one.seed for one, _ in drawing],
-            [len(shadow.sequence.tokens) - one.sequence.prompt_tokens for one, shadow in drawing],
-        )
-        chosen = torch.tensor(ids, device=logits.device)[:, None]
-        own = logits.gather(1, chosen)[:, 0] - logits.logsumexp(dim=1)
-        for (one, shadow), id, fine, share in zip(drawing, ids, sound, own.exp().tolist(), strict=True):
+        if all(one.params.temperature < GREEDY_BELOW for one, _ in drawing):
+            likely = logits.softmax(dim=1).max(dim=1)  # as `sample`, in 20 instead of 120 us
+            ids, shares = likely.indices.tolist(), likely.values.tolist()
+            sound = [math.isfinite(share) for share in shares]
+        else:
+            ids, sound = sample(
+                logits,
+                [one.params for one, _ in drawing],
+                [one.seed for one, _ in drawing],
+                [len(shadow.sequence.tokens) - one.sequence.prompt_tokens for one, shadow in drawing],
+            )
+            chosen = torch.tensor(ids, device=logits.device)[:, None]
+            shares = (logits.gather(1, chosen)[:, 0] - logits.logsumexp(dim=1)).exp().tolist()
+        for (one, shadow), id, fine, share in zip(drawing, ids, sound, shares, strict=True):
             shadow.going_on = fine
             if fine:
                 shadow.sequence.tokens.append(id)

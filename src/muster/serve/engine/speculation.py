@@ -86,15 +86,35 @@ class Hits:
 
 
 class _Mean:
-    """Of recent figures; each counts for less the older it is."""
+    """Of recent figures, about the last fifty: what a step brings varies, and a few poor ones must not decide."""
 
-    _KEPT = 0.9
+    _KEPT = 0.98
 
     def __init__(self) -> None:
-        self.value: float | None = None
+        self._total = self._weight = 0.0
 
     def add(self, figure: float) -> None:
-        self.value = figure if self.value is None else self._KEPT * self.value + (1 - self._KEPT) * figure
+        self._total = self._KEPT * self._total + figure
+        self._weight = self._KEPT * self._weight + 1
+
+    @property
+    def value(self) -> float | None:
+        return self._total / self._weight if self._weight else None
+
+
+class _Rate:
+    """Tokens a second: those of all steps in the time of all steps, which is not the mean of each step's."""
+
+    def __init__(self) -> None:
+        self._tokens, self._seconds = _Mean(), _Mean()
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self._tokens.add(tokens)
+        self._seconds.add(seconds)
+
+    @property
+    def value(self) -> float:
+        return (self._tokens.value or 0.0) / max(self._seconds.value or 0.0, 1e-9)
 
 
 class _Costs:
@@ -102,8 +122,8 @@ class _Costs:
 
     def __init__(self) -> None:
         self.steps = 0
-        self.rate = {True: _Mean(), False: _Mean()}
-        """Tokens a second with and without guessing."""
+        self.rate = {True: _Rate(), False: _Rate()}
+        """With and without guessing."""
         self.plain_s, self.verifying_s = _Mean(), _Mean()
         """Of a step without and with guesses, less the time that making them took."""
         self.guesses, self.drafting_s = _Mean(), _Mean()
@@ -117,7 +137,8 @@ class Gain:
     batch, the machine and the text. Each way is tried again for a few steps now and then.
     """
 
-    _TRIED, _AGAIN = 8, 256
+    _PLAIN, _TRIED, _AGAIN = 8, 16, 256
+    """Steps without guesses, which come first since prices are in their terms, then with; after so many again."""
 
     def __init__(self) -> None:
         self._costs: dict[int, _Costs] = {}
@@ -127,9 +148,9 @@ class Gain:
         costs = self._of(running)
         step = costs.steps % self._AGAIN
         costs.steps += 1
-        if step < 2 * self._TRIED:
-            return step < self._TRIED
-        return (costs.rate[True].value or 0.0) >= (costs.rate[False].value or 0.0)
+        if step < self._PLAIN + self._TRIED:
+            return step >= self._PLAIN
+        return costs.rate[True].value >= costs.rate[False].value
 
     def price(self, running: int) -> Price:
         """Of one more guess; nothing as long as that is not known."""
@@ -138,7 +159,7 @@ class Gain:
         guesses, drafting_s = costs.guesses.value, costs.drafting_s.value
         if plain_s is None or verifying_s is None or guesses is None or drafting_s is None:
             return FREE
-        rate = max(mean.value or 0.0 for mean in costs.rate.values())
+        rate = max(rate.value for rate in costs.rate.values())
         return Price(guess=rate * drafting_s / guesses, row=rate * max(verifying_s - plain_s, 0.0) / guesses)
 
     def record(
@@ -153,7 +174,7 @@ class Gain:
     ) -> None:
         """A step of nothing but single tokens, and guesses, has taken so long, making the guesses included."""
         costs = self._of(running)
-        costs.rate[guessed].add(tokens / max(seconds, 1e-9))
+        costs.rate[guessed].add(tokens, seconds)
         if guesses:
             costs.guesses.add(guesses)
             costs.drafting_s.add(drafting_s)

@@ -56,10 +56,15 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
+// Bytes of weights that memory is told of ahead of their time, in this panel or the next: loads of tiles alone would have
+// it wait, a sixth of the time for 32 rows.
+constexpr int64_t AHEAD = 8192;
+
 // sums (1 or 2 tiles of rows, 32 features) = rows times a panel of weights, which are W: bfloat16, as the rows are, or
 // signed or unsigned bytes, with signed ones in rows.
 template <class W, bool TWO>
-inline void multiply_tiles(const uint32_t* rows, int64_t height, const void* panel, int64_t units, void* sums) {
+inline void multiply_tiles(const uint32_t* rows, int64_t height, const void* panel, int64_t units, void* sums,
+                           bool first_rows) {
   const auto* w = static_cast<const uint8_t*>(panel);
   const auto *a = reinterpret_cast<const uint8_t*>(rows), *b = a + height * units * 4;
   asm volatile("" : : : "memory");  // the loads below say nothing of what they read
@@ -70,6 +75,8 @@ inline void multiply_tiles(const uint32_t* rows, int64_t height, const void* pan
     _tile_zero(3);
   }
   for (int64_t u = 0; u < units; u += TILE_UNITS) {
+    for (int line = 0; first_rows && line < 2 * TILE_UNITS; line++)
+      _mm_prefetch(reinterpret_cast<const char*>(w + u * PANEL * 4 + AHEAD + 64 * line), _MM_HINT_T0);
     _tile_loadd(6, w + u * PANEL * 4, PANEL * 4);
     _tile_loadd(7, w + u * PANEL * 4 + 64, PANEL * 4);
     _tile_loadd(4, a + u * height * 4, 64);
@@ -115,9 +122,9 @@ inline void multiply_panel(const TileRows& tiles, const uint32_t* placed, const 
   const Tiles held(tiles.height);
   for (int64_t row = 0; row < tiles.rows; row += 2 * tiles.height) {
     if (row + tiles.height < tiles.rows)
-      multiply_tiles<W, true>(placed + row * units, tiles.height, panel, units, sums);
+      multiply_tiles<W, true>(placed + row * units, tiles.height, panel, units, sums, row == 0);
     else
-      multiply_tiles<W, false>(placed + row * units, tiles.height, panel, units, sums);
+      multiply_tiles<W, false>(placed + row * units, tiles.height, panel, units, sums, row == 0);
     for (int64_t r = 0; r < std::min(2 * tiles.height, tiles.rows - row); r++) finish(row + r, sums + r * PANEL);
   }
 }

@@ -56,15 +56,32 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// Bytes of weights that memory is told of ahead of their time, in this panel or the next: loads of tiles alone would have
-// it wait, a sixth of the time for 32 rows.
-constexpr int64_t AHEAD = 8192;
+// Weights that memory is told of ahead of their time: loads of tiles alone would have it wait. Two tiles of rows at a time
+// are multiplied with a panel, and in each of these times an equal part of the next panel is asked for, so that memory
+// works all the time; where that is one time, what is so many bytes further on.
+class Ahead {
+ public:
+  static constexpr int64_t BYTES = 8192;
+  Ahead(const void* panel, int64_t units, int64_t times)
+      : from_(static_cast<const char*>(panel) + (times > 1 ? units * UNIT_BYTES : BYTES)), units_(units), times_(times) {}
+  // For 16 units of the panel, in one of the times.
+  void operator()(int64_t time, int64_t unit) const {
+    const char* at = from_ + (time * units_ + unit) * UNIT_BYTES / times_;
+    for (int64_t byte = 0; byte < TILE_UNITS * UNIT_BYTES / times_; byte += 64)
+      times_ > 1 ? _mm_prefetch(at + byte, _MM_HINT_T1) : _mm_prefetch(at + byte, _MM_HINT_T0);
+  }
+
+ private:
+  static constexpr int64_t UNIT_BYTES = PANEL * 4;
+  const char* from_;
+  int64_t units_, times_;
+};
 
 // sums (1 or 2 tiles of rows, 32 features) = rows times a panel of weights, which are W: bfloat16, as the rows are, or
 // signed or unsigned bytes, with signed ones in rows.
 template <class W, bool TWO>
 inline void multiply_tiles(const uint32_t* rows, int64_t height, const void* panel, int64_t units, void* sums,
-                           bool first_rows) {
+                           const Ahead& ahead, int64_t time) {
   const auto* w = static_cast<const uint8_t*>(panel);
   const auto *a = reinterpret_cast<const uint8_t*>(rows), *b = a + height * units * 4;
   asm volatile("" : : : "memory");  // the loads below say nothing of what they read
@@ -75,8 +92,7 @@ inline void multiply_tiles(const uint32_t* rows, int64_t height, const void* pan
     _tile_zero(3);
   }
   for (int64_t u = 0; u < units; u += TILE_UNITS) {
-    for (int line = 0; first_rows && line < 2 * TILE_UNITS; line++)
-      _mm_prefetch(reinterpret_cast<const char*>(w + u * PANEL * 4 + AHEAD + 64 * line), _MM_HINT_T0);
+    ahead(time, u);
     _tile_loadd(6, w + u * PANEL * 4, PANEL * 4);
     _tile_loadd(7, w + u * PANEL * 4 + 64, PANEL * 4);
     _tile_loadd(4, a + u * height * 4, 64);
@@ -120,12 +136,15 @@ inline void multiply_panel(const TileRows& tiles, const uint32_t* placed, const 
                            const Finish& finish) {
   alignas(64) std::conditional_t<std::is_same_v<W, bfloat16>, float, int32_t> sums[2 * TILE_ROWS * PANEL];
   const Tiles held(tiles.height);
-  for (int64_t row = 0; row < tiles.rows; row += 2 * tiles.height) {
+  const int64_t both = 2 * tiles.height, times = (tiles.rows + both - 1) / both;
+  const Ahead ahead(panel, units, times);
+  for (int64_t time = 0; time < times; time++) {
+    const int64_t row = time * both, end = std::min(tiles.rows, row + both);
     if (row + tiles.height < tiles.rows)
-      multiply_tiles<W, true>(placed + row * units, tiles.height, panel, units, sums, row == 0);
+      multiply_tiles<W, true>(placed + row * units, tiles.height, panel, units, sums, ahead, time);
     else
-      multiply_tiles<W, false>(placed + row * units, tiles.height, panel, units, sums, row == 0);
-    for (int64_t r = 0; r < std::min(2 * tiles.height, tiles.rows - row); r++) finish(row + r, sums + r * PANEL);
+      multiply_tiles<W, false>(placed + row * units, tiles.height, panel, units, sums, ahead, time);
+    for (int64_t r = row; r < end; r++) finish(r, sums + (r - row) * PANEL);
   }
 }
 #else

@@ -155,7 +155,7 @@ def next_tokens(tokens: torch.Tensor, position: int, table: torch.Tensor) -> Bat
 
 def read_bandwidth() -> float:
     """Bytes/s of the fastest of several sums over memory that no cache holds, in huge pages as weights are."""
-    memory = huge_bytes(256_000_000).view(torch.float32).fill_(1)
+    memory = huge_bytes(1_024_000_000).view(torch.float32).fill_(1)
     best = float("inf")
     for _ in range(7):
         started_s = time.perf_counter()

@@ -81,6 +81,7 @@ class Switchboard:
         self._loop = asyncio.new_event_loop()
         self._servers: list[asyncio.Server] = []
         self._joined = set[asyncio.Task[None]]()
+        self._asking = set[asyncio.StreamWriter]()
         self._thread = threading.Thread(target=self._loop.run_forever, name="muster-links", daemon=True)
 
     def __enter__(self) -> Switchboard:
@@ -118,12 +119,17 @@ class Switchboard:
         await _turns()  # who is just being let in
         for line in list(self.lines):
             self._break(line)
-        for task in self._joined:
-            task.cancel()
-        await asyncio.gather(*self._joined, return_exceptions=True)
+        for asking in self._asking:
+            asking.transport.abort()
+        while self._joined:  # one more may have been let in meanwhile
+            for task in self._joined:
+                task.cancel()
+            await asyncio.gather(*self._joined, return_exceptions=True)
+            await _turns()
         await _turns()  # a socket is closed in the turn after the one in which that is asked for
 
     async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._asking.add(writer)
         with contextlib.suppress(ConnectionError, ValueError, KeyError):
             asked = json.loads(await reader.readline())
             line = Line(str(asked["who"]), str(asked["what"]), (str(asked["host"]), int(asked["port"])))
@@ -131,6 +137,7 @@ class Switchboard:
             await self._open_line(line, addresses)
             writer.write(json.dumps({"port": line.port}).encode() + b"\n")
             await writer.drain()
+        self._asking.discard(writer)
         writer.close()
 
     async def _open_line(self, line: Line, addresses: _Addresses | None, port: int = 0) -> Line:

@@ -126,6 +126,8 @@ class Switchboard:
                 task.cancel()
             await asyncio.gather(*self._joined, return_exceptions=True)
             await _turns()
+        for line in list(self.lines):  # what was cancelled before it began has closed nothing
+            self._break(line)
         await _turns()  # a socket is closed in the turn after the one in which that is asked for
 
     async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

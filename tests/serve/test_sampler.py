@@ -2,13 +2,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from muster.serve.adjust import Adjustment, adjust
+from muster.serve.lanes import lane_masses, lane_members, largest, most_likely
 from muster.serve.protocol import SamplingParams
-from muster.serve.sampler import most_likely, sample, top_logprobs
+from muster.serve.sampler import sample, top_logprobs
 
 VOCAB = 6_000
 """Large enough that only candidates are looked at one by one."""
@@ -70,6 +72,35 @@ def test_the_maximum_is_torchs(vocab: int) -> None:
     assert sample(logits, [draw(temperature=0)] * 9, [0] * 9, [0] * 9)[1] == [
         row in sound for row in range(9)
     ]
+
+
+@pytest.mark.parametrize("vocab", [40, 256, 300, 20_037])
+@pytest.mark.parametrize("count", [1, 40, 256, 1000])
+def test_the_largest_are_those_of_a_stable_sort(vocab: int, count: int) -> None:
+    count = min(count, vocab)
+    logits = normal(6, vocab)
+    logits[1, ::2] = -torch.inf
+    logits[2, 3:] = -torch.inf
+    logits[3] = 1.5
+    logits[4] = logits[4].round()
+    values, ids = largest(logits, count)
+    expected = logits.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(torch.from_numpy(values).float(), expected.values[:, :count])
+    assert torch.equal(torch.from_numpy(ids), expected.indices[:, :count])
+
+
+@pytest.mark.parametrize("vocab", [40, 256, 20_037])
+def test_lanes_add_up_to_the_whole(vocab: int) -> None:
+    logits, temperature = normal(5, vocab), np.array([0.3, 0.7, 1.0, 1.7, 4.0])
+    scaled = logits.double() / torch.from_numpy(temperature)[:, None]
+    exact = (scaled - scaled.amax(dim=1, keepdim=True)).exp()
+    masses = lane_masses(logits, temperature)
+    assert np.allclose(masses.sum(axis=1), exact.sum(dim=1), rtol=1e-5)
+    weights, ids = lane_members(logits, np.array([0, 7, 39, 3, 1]), temperature)
+    for row, lane in enumerate((0, 7, 39, 3, 1)):
+        assert ids[row, weights[row] > 0].tolist() == list(range(lane, vocab, 256))
+        assert np.allclose(weights[row, weights[row] > 0], exact[row, lane::256], rtol=1e-5)
+        assert np.isclose(masses[row, lane], weights[row].sum(), rtol=1e-5)
 
 
 def test_a_row_draws_the_same_alone_and_in_a_crowd() -> None:

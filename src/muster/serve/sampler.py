@@ -5,9 +5,9 @@ in the batch or on a generator's history: that makes seeds reproducible in a cro
 a half-finished sequence. Noise is a hash of (seed, position, token): the draw is the argmax of log-probability plus
 Gumbel noise. So two models that agree draw the same token mostly, which speculative decoding lives on.
 
-Cost decides the form: nothing sorts a vocabulary where it need not. Without filters a span of tokens is drawn by its
-mass and then one of its tokens, which is the same distribution. Filters look at the few dozen most likely tokens, found
-by the maxima of spans, and at all only where a flat distribution makes them keep more.
+Cost decides the form: nothing sorts a vocabulary where it need not. Without filters a lane of tokens (`lanes.py`) is
+drawn by its mass and then one of its tokens, which is the same distribution. Filters look at the few dozen most likely
+tokens, and at all only where a flat distribution makes them keep more.
 """
 
 from __future__ import annotations
@@ -20,21 +20,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from muster.serve.lanes import Floats, Ints, lane_masses, lane_members, largest, most_likely, row_weights
 from muster.serve.protocol import SamplingParams
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: the division would only overflow towards the same token."""
 
-_SPAN = 128
-"""Tokens that are looked at as one first."""
 _CANDIDATES = 64
 """Most likely tokens looked at one by one, or more where `top_k` asks for it."""
 _MOST_CANDIDATES = 1024
 _SMALL_VOCAB = 512
 """Up to this many tokens all are candidates."""
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 def sample(
@@ -60,22 +56,6 @@ def sample(
     return ids, sound
 
 
-def most_likely(logits: Tensor) -> tuple[NDArray[np.float32], Ints]:
-    """Maximum and argmax of each row (B, V) fp32; a nan in a row is its maximum. On a CPU by numpy, which takes 2 us
-    for 32,000 logits where torch's argmax takes 40."""
-    if logits.device.type != "cpu":
-        values, ids = logits.max(dim=-1)
-        return values.numpy(force=True), ids.numpy(force=True)
-    exact = logits.numpy()
-    best: Ints = exact.argmax(axis=-1)
-    return exact[np.arange(len(best)), best], best
-
-
-def _spans(logits: Tensor, spans: int) -> Tensor:
-    """(B, V) -> (B, spans, 128), without what is left over at the end."""
-    return logits[:, : spans * _SPAN].view(-1, spans, _SPAN)
-
-
 def _draw(
     logits: Tensor, params: Sequence[SamplingParams], seeds: Sequence[int], positions: Sequence[int]
 ) -> list[int]:
@@ -86,7 +66,8 @@ def _draw(
     plain = [row for row, one in enumerate(params) if not one.filtered]
     filtered = [row for row, one in enumerate(params) if one.filtered]
     if plain:
-        drawn[plain] = _from_all(_probabilities(logits, plain, temperature[plain]), base[plain])
+        chosen = logits if not filtered else logits[plain]
+        drawn[plain] = _from_all(chosen, temperature[plain], base[plain])
     if filtered:
         filters = _Filters(
             top_k=np.array([min(params[row].top_k, logits.shape[1]) for row in filtered]),
@@ -109,48 +90,25 @@ def _from_kept(logits: Tensor, temperature: Floats, filters: _Filters, base: NDA
     mass = np.zeros(len(rows))
     shared = np.flatnonzero((filters.top_k == 0) & (filters.top_p < 1))  # rows that keep a share of all
     if len(shared):
-        best = _probabilities(logits, shared, temperature[shared]).amax(dim=1)
-        mass[shared] = 1 / best.double().numpy(force=True)
+        chosen = logits if len(shared) == len(rows) else logits[torch.from_numpy(shared).to(logits.device)]
+        mass[shared] = lane_masses(chosen, temperature[shared]).sum(axis=1)
     kept, complete = _keep(weights, mass, count, filters)
     if weights.shape[1] == logits.shape[1]:
         complete[:] = True
     with np.errstate(divide="ignore"):
         scores = np.log(np.where(kept, weights, 0)) + _gumbel(base[:, None], ids)
     drawn: Ints = ids[rows, scores.argmax(axis=1)]
-    flat = np.flatnonzero(~complete)
-    if len(flat):
-        probabilities = _probabilities(logits, flat, temperature[flat])
-        _drop(probabilities, filters, flat)
-        drawn[flat] = _from_all(probabilities, base[flat])
+    for row in np.flatnonzero(~complete).tolist():
+        weights = row_weights(logits[row], temperature[row])
+        _drop(weights, int(filters.top_k[row]), float(filters.top_p[row]), float(filters.min_p[row]))
+        drawn[row] = _from_weights(weights, base[row])
     return drawn
 
 
 def _candidates(logits: Tensor, count: int) -> tuple[Floats, Ints]:
     """The `count` most likely tokens of each row, best first: (B, count) logits and ids; of a small vocabulary all."""
     vocab = logits.shape[1]
-    spans = vocab // _SPAN
-    if vocab <= max(_SMALL_VOCAB, count):
-        values, ids = logits.sort(dim=-1, descending=True, stable=True)
-        return values.double().numpy(force=True), ids.numpy(force=True)
-    if spans <= 2 * count:
-        values, ids = logits.topk(count, dim=-1)
-        return values.double().numpy(force=True), ids.numpy(force=True)
-    # The `count` best lie in the `count` spans with the highest maxima, or in the rest behind the last span.
-    head = _spans(logits, spans)
-    best = head.amax(dim=-1).topk(count, dim=-1).indices  # (B, count) spans
-    rows = torch.arange(len(logits), device=logits.device)[:, None]
-    found = head[rows, best].flatten(1)  # (B, count * 128)
-    where = (best[:, :, None] * _SPAN + torch.arange(_SPAN, device=logits.device)).flatten(1)
-    rest = torch.arange(spans * _SPAN, vocab, device=logits.device).expand(len(logits), -1)
-    found, where = torch.cat([found, logits[:, spans * _SPAN :]], 1), torch.cat([where, rest], 1)
-    values, index = found.topk(count, dim=-1)
-    return values.double().numpy(force=True), where.gather(1, index).numpy(force=True)
-
-
-def _probabilities(logits: Tensor, rows: Sequence[int] | Ints, temperature: Floats) -> Tensor:
-    """Of all tokens, for some rows of (B, V), fp32."""
-    chosen = logits if len(rows) == len(logits) else logits[torch.tensor(rows, device=logits.device)]
-    return (chosen * logits.new_tensor(1 / temperature)[:, None]).softmax(dim=-1)
+    return largest(logits, vocab if vocab <= max(_SMALL_VOCAB, count) else count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,35 +139,38 @@ def _keep(
     return kept, complete
 
 
-def _drop(probabilities: Tensor, filters: _Filters, rows: Ints) -> None:
-    """Set to 0 what the filters of some rows leave out of their probabilities (len(rows), V), where they keep more
-    than the candidates. Of tokens that are equally likely, those at the border all stay."""
-    least = filters.min_p[rows] * probabilities.amax(dim=1).double().numpy(force=True)
-    for index, row in enumerate(rows.tolist()):
-        top_k, top_p = int(filters.top_k[row]), float(filters.top_p[row])
-        if top_k or top_p < 1:
-            ordered = np.sort(probabilities[index].numpy(force=True))[::-1][: top_k or None]
+def _drop(weights: NDArray[np.float32], top_k: int, top_p: float, min_p: float) -> None:
+    """Set to 0 what filters leave out of a row's weights (V,), of which the largest is 1, where they keep more than
+    the candidates. Of tokens that are equally likely, those at the border all stay."""
+    least, vocab = min_p, len(weights)
+    if top_k or top_p < 1:
+        whole = 0.0 if top_k else top_p * weights.sum(dtype=np.float64)
+        # Sorting all of them takes several times as long as finding the largest thousand.
+        for count in (top_k,) if top_k else (min(_MOST_CANDIDATES, vocab), vocab):
+            ordered = np.sort(np.partition(weights, vocab - count)[vocab - count :])[::-1]
             until = ordered.cumsum(dtype=np.float64)
-            border = np.searchsorted(until, top_p * until[-1]) if top_p < 1 else len(ordered) - 1
-            least[index] = max(least[index], ordered[min(int(border), len(ordered) - 1)])
-    probabilities[probabilities < probabilities.new_tensor(least)[:, None]] = 0
+            if until[-1] >= whole:
+                break
+        border = np.searchsorted(until, top_p * until[-1] if top_k else whole) if top_p < 1 else count - 1
+        least = max(least, float(ordered[min(int(border), count - 1)]))
+    weights[weights < least] = 0
 
 
-def _from_all(probabilities: Tensor, base: NDArray[np.uint64]) -> Ints:
-    """A token of each row of (B, V), which need not add up to 1: first a span of tokens, then one of it."""
-    rows, spare = np.arange(len(probabilities)), -probabilities.shape[1] % _SPAN
-    if spare:
-        probabilities = torch.nn.functional.pad(probabilities, (0, spare))
-    spans = probabilities.view(len(rows), -1, _SPAN)
-    mass = spans.sum(dim=2).double().numpy(force=True)  # (B, spans)
+def _from_all(logits: Tensor, temperature: Floats, base: NDArray[np.uint64]) -> Ints:
+    """A token of each row of (B, V): first a lane of tokens, then one of it."""
+    masses = lane_masses(logits, temperature)
     with np.errstate(divide="ignore"):
-        noise = _gumbel(base[:, None], -1 - np.arange(mass.shape[1]))
-        span = (np.log(mass) + noise).argmax(axis=1)
-        inside = spans[torch.from_numpy(rows), torch.from_numpy(span)].double().numpy(force=True)  # (B, span)
-        ids = span[:, None] * _SPAN + np.arange(_SPAN)
-        token = (np.log(inside) + _gumbel(base[:, None], ids)).argmax(axis=1)
-    found: Ints = ids[rows, token]
+        lanes = (np.log(masses) + _gumbel(base[:, None], -1 - np.arange(masses.shape[1]))).argmax(axis=1)
+        weights, ids = lane_members(logits, lanes, temperature)
+        token = (np.log(weights) + _gumbel(base[:, None], ids)).argmax(axis=1)
+    found: Ints = ids[np.arange(len(ids)), token]
     return found
+
+
+def _from_weights(weights: NDArray[np.float32], base: np.uint64) -> int:
+    """A token by the weights (V,) of all."""
+    ids = np.flatnonzero(weights)
+    return int(ids[(np.log(weights[ids].astype(np.float64)) + _gumbel(base, ids)).argmax()])
 
 
 _MASK = (1 << 64) - 1
@@ -247,9 +208,9 @@ def top_logprobs(
 ) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
     """For each row of raw logits (B, V): the log-probability of its token, and its most likely tokens with theirs."""
     values, ids = _candidates(logits, max(1, *counts))
-    # log of the sum of exp: the most likely logit less the log of its probability
-    likely = _probabilities(logits, range(len(logits)), np.ones(len(logits))).amax(dim=1)
-    total = values[:, 0] - likely.double().log().numpy(force=True)
+    total = values[:, 0] + np.log(
+        lane_masses(logits, np.ones(len(logits))).sum(axis=1)
+    )  # log of the sum of exp
     own = (
         logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].double().numpy(force=True)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -29,8 +29,16 @@ class Other(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, *, words: int = 5, dies_after: int | None = None, status: int = 200) -> None:
+    def __init__(
+        self,
+        *,
+        words: int = 5,
+        dies_after: int | None = None,
+        status: int = 200,
+        models: Sequence[str] = ("other",),
+    ) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.models = models
         self.words, self.dies_after, self.status = words, dies_after, status
         self.bodies: list[bytes] = []
         self.headers: list[dict[str, str]] = []
@@ -46,8 +54,9 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments: Any) -> None: ...
 
     def do_GET(self) -> None:
-        known = self.path == "/v1/models"
-        self._answer(200 if known else 404, {"data": [{"id": "other"}]} if known else {})
+        cards = [{"id": name} for name in self.server.models]
+        listed = {"/v1/models": {"data": cards}} | {f"/v1/models/{card['id']}": card for card in cards}
+        self._answer(200 if self.path in listed else 404, listed.get(self.path, {}))
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
@@ -157,6 +166,15 @@ def test_a_server_of_another_kind_gets_the_body_as_it_was_sent(other: Foreign, r
         assert whole.json()["choices"][0]["text"] == "wwwww"
         assert server.headers[1]["x-request-id"] == whole.headers["x-request-id"] != "mine"
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "other"
+
+
+def test_replicas_with_different_models_are_one_list(other: Foreign, route: Any) -> None:
+    with other(models=("a", "b")) as one, other(models=("b", "c")) as two, route(one.url, two.url) as url:
+        cards = httpx.get(f"{url}/v1/models").json()["data"]
+        assert [card["id"] for card in cards] == ["a", "b", "c"]
+        for name in ("a", "c", "a", "c"):
+            assert httpx.get(f"{url}/v1/models/{name}").json() == {"id": name}
+        assert httpx.get(f"{url}/v1/models/d").status_code == 404
 
 
 def test_it_fails_over_before_the_first_token_and_says_so_after(other: Foreign, route: Any) -> None:

@@ -14,6 +14,7 @@ from muster.serve.body import BodyGuard
 from muster.serve.connection import while_connected
 from muster.serve.failures import error_response
 from muster.serve.gate import Front, Gate
+from muster.serve.router import catalogue
 from muster.serve.router.asked import read
 from muster.serve.router.fleet import Fleet
 from muster.serve.router.forward import Incoming, forward, named, sent_on
@@ -93,8 +94,20 @@ async def _pass_on(scope: Scope, receive: Receive, send: Send, fleet: Fleet) -> 
         begin=begin,
         write=write,
     )
+
+    async def answer() -> None:
+        listed = None
+        if (incoming.method, incoming.target) == ("GET", catalogue.PATH):
+            listed = await catalogue.catalogue(fleet, incoming.headers)
+        if listed is None:
+            await forward(incoming, fleet)
+            return
+        length = str(len(listed)).encode()
+        await begin(200, [(b"content-type", b"application/json"), (b"content-length", length)])
+        await write(listed)
+
     try:
-        await while_connected(receive, forward(incoming, fleet))
+        await while_connected(receive, answer())
     except ClientDisconnect:
         raise
     except Exception as error:  # a fault of ours: the client gets an answer, or a cut connection

@@ -15,6 +15,8 @@ import orjson
 from muster.serve.router.policy import PROMPT_SHARE
 
 GENERATING = ("/v1/completions", "/v1/chat/completions")
+MODEL = "/v1/models/"
+"""A model's own path."""
 BLOCK_TOKENS, BLOCK_CHARACTERS = 16, 64
 """What one key of a prompt's beginning stands for."""
 MOST_BLOCKS = 256
@@ -59,7 +61,7 @@ class Asked:
 def read(path: str, body: bytes) -> Asked:
     """A request's body; what cannot be read is for the replica to refuse."""
     if path not in GENERATING:
-        return Asked(body=body)
+        return Asked(body=body, model=path.removeprefix(MODEL) if path.startswith(MODEL) else None)
     try:
         fields = orjson.loads(body)
     except ValueError:

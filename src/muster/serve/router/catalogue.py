@@ -1,0 +1,42 @@
+"""The models of replicas that do not all serve the same ones, as one list."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import orjson
+
+from muster.serve.router.fleet import Fleet
+from muster.serve.router.upstream import Gone, Headers, Upstream
+
+PATH = "/v1/models"
+ANSWER_S = 5.0
+
+
+async def catalogue(fleet: Fleet, headers: Headers) -> bytes | None:
+    """The answer to GET /v1/models with a client's headers, of one replica for each set of models; None where one
+    replica's own answer is as good."""
+    unlike = {one.models: one.upstream for one in fleet.replicas if one.ready and one.upstream is not None}
+    if len(unlike) < 2:
+        return None
+    lists = await asyncio.gather(*(_cards(upstream, headers) for upstream in unlike.values()))
+    cards = {card["id"]: card for found in lists for card in found}
+    return orjson.dumps({"object": "list", "data": list(cards.values())}) if cards else None
+
+
+async def _cards(upstream: Upstream, headers: Headers) -> list[dict[str, Any]]:
+    """What a replica says that it serves; nothing where it does not say."""
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            exchange = await upstream.send("GET", PATH, headers, b"")
+            try:
+                said = orjson.loads(await exchange.whole()) if exchange.status == 200 else None
+            finally:
+                exchange.close()
+    except (Gone, TimeoutError, ValueError):
+        return []
+    cards = said.get("data") if isinstance(said, dict) else None
+    return (
+        [card for card in cards if isinstance(card, dict) and "id" in card] if isinstance(cards, list) else []
+    )

@@ -174,7 +174,11 @@ class Streams:
         return stream is not None
 
     def deliver(self, items: Sequence[tuple[str, Item]], admitted: Sequence[str] = ()) -> None:
-        """Hand a step's results over, with one wake-up of an event loop for all of them."""
+        """Hand a step's results over: here, on the loop that runs, or with one wake-up of a loop for all of them."""
+        try:
+            here = asyncio.get_running_loop()
+        except RuntimeError:
+            here = None  # a thread without one
         by_loop: dict[asyncio.AbstractEventLoop, dict[Stream, list[Item]]] = {}
         with self._changed:
             for request_id in admitted:
@@ -188,6 +192,9 @@ class Streams:
                     del self._live[request_id]
                     self._admit(request_id)
         for loop, ready in by_loop.items():
+            if loop is here:
+                _hand_out(ready)
+                continue
             with contextlib.suppress(RuntimeError):  # that loop is closed: nobody is left to read
                 loop.call_soon_threadsafe(_hand_out, ready)
 

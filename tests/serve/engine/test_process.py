@@ -22,7 +22,7 @@ from muster.errors import UsageError
 from muster.model.folder import load_folder
 from muster.serve.crossing import Outcome
 from muster.serve.engine.process import ProcessEngine
-from muster.serve.engine.wire import Wire, from_outcome, from_request, to_outcome, to_request
+from muster.serve.engine.wire import Wire, from_outcome, from_request, to_items, to_request
 from muster.serve.opening import Setup
 from muster.serve.protocol import EngineError, Guide, Request, SamplingParams, Stats, Token
 
@@ -71,16 +71,15 @@ def test_what_crosses_the_wire_arrives_as_it_was() -> None:
     request = Request(id="a", prompt=(1, 2), params=params, priority=-1, client="me")
     assert to_request(over(from_request(request))) == request
     token = Token(id=4, logprob=-0.5, top_logprobs=((4, -0.5), (5, -1.5)), finish_reason="stop")
-    there = to_outcome(
-        over(
-            from_outcome(
-                Outcome(items=[("a", token), ("b", EngineError("why"))], admitted=["c"], stats=Stats(steps=2))
-            )
+    there = over(
+        from_outcome(
+            Outcome(items=[("a", token), ("b", EngineError("why"))], admitted=["c"], stats=Stats(steps=2))
         )
     )
-    assert there.items[0] == ("a", token)
-    assert str(there.items[1][1]) == "why"
-    assert (there.admitted, there.stats) == (["c"], Stats(steps=2))
+    items = to_items(there["items"])
+    assert items[0] == ("a", token)
+    assert str(items[1][1]) == "why"
+    assert (there["admitted"], Stats(**there["stats"])) == (["c"], Stats(steps=2))
 
 
 def test_it_generates_is_killed_and_generates_again_until_it_gives_up(

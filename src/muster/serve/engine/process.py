@@ -26,6 +26,7 @@ from typing import Any
 
 from muster.errors import DoesNotFit, MusterError, UsageError
 from muster.serve.crossing import WAITING_LIMIT, WAITING_S, WAITING_TOKENS, Streams
+from muster.serve.engine.cores import Apart
 from muster.serve.engine.ear import Ear
 from muster.serve.engine.wire import Wire, from_request, to_items
 from muster.serve.protocol import Request, Stats, Tokens
@@ -124,7 +125,7 @@ class ProcessEngine:
         self._ends: deque[float] = deque(maxlen=restarts + 1)
         self._said: str | None = None
         """Why it ends, in its own words."""
-        self._ear = Ear(self._heard)
+        self._ear, self._apart = Ear(self._heard), Apart()
         self._changed = threading.Lock()  # guards which process it is
         self._process, self._wire = self._start(worker or Worker())
         try:
@@ -174,6 +175,7 @@ class ProcessEngine:
             self._wire.end()
         self._watcher.join()
         self._process.wait()
+        self._apart.end()
 
     def _start(self, worker: Worker) -> tuple[subprocess.Popen[bytes], Wire]:
         worker.make(self._setup)
@@ -199,6 +201,7 @@ class ProcessEngine:
     def _heard(self, message: dict[str, Any]) -> None:
         if "items" in message:
             self._stats = message["stats"]
+            self._apart.keep_off(message["core"])
             self._streams.deliver(to_items(message["items"]), message["admitted"])
         elif "moved" in message:
             self._moved(*message["moved"])
@@ -210,6 +213,7 @@ class ProcessEngine:
         while True:
             ending = _ending(self._process.wait())
             self._ear.finish(self._wire)
+            self._apart.end()  # a new process may run where this thread may
             for number in list(self._moves):
                 self._moved(number, 0)
             with (

@@ -23,9 +23,9 @@ from muster.serve.failures import error_body
 from muster.serve.limits import Limits
 from muster.serve.outlet import Outlet
 
-EXPIRY_GAP_S = 0.001
-"""From one connection that is closed at its deadline to the next: each takes a tenth of that, and so does the one that
-its client opens instead."""
+EXPIRY_GAP_S = 0.002
+"""From one connection that is closed at its deadline to the next: each takes a tenth of that, with the one that its
+client opens instead."""
 
 Phase = Literal["header", "body"]
 

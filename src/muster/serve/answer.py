@@ -113,7 +113,8 @@ class Answer:
         """Write the answer as server-sent events as it comes, usage and [DONE] included; a failure becomes an error
         event. Raises ClientDisconnect."""
 
-        send = outlet.push if len(self._generations) == 1 else outlet.write  # choices of a step go out together
+        alone = len(self._generations) == 1  # or a step's choices go out together
+        send = outlet.push if alone else outlet.write
 
         def write(index: int, generation: Generation) -> None:
             if outlet.paused:

@@ -1,7 +1,7 @@
 """Keeps HTTP off the core that computes the next step.
 
-The system wakes whoever is told of a step where the one who tells runs: there HTTP, and often its client after it, holds
-up what all of the engine's other cores wait for. Anywhere else it holds up one of them, for which the rest do its part.
+The system wakes whoever is told of a step where the one who tells runs: there HTTP, and often its client after it,
+holds up what all of the engine's other cores wait for. Anywhere else it holds up one, whose part the rest do.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from muster.serve.crossing import Item, Outcome
-from muster.serve.protocol import EngineError, Guide, Request, SamplingParams, Stats, Token
+from muster.serve.protocol import EngineError, Guide, Request, SamplingParams, Token
 
 _LENGTH_BYTES = 8
 

@@ -134,7 +134,7 @@ class Server:
         secure = ssl.create_default_context() if url.scheme == "https" else None
         port = url.port or (443 if secure else 80)
         loop = asyncio.get_running_loop()
-        transport, _ = await loop.create_connection(lambda: arrival, url.hostname, port, ssl=secure)
+        transport, _ = await loop.create_connection(lambda: arrival, url.hostname or "", port, ssl=secure)
         try:
             headers = [*self._headers, ("Content-Length", str(len(body)))]
             request = h11.Request(method=method, target=url.path + path, headers=headers)

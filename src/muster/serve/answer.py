@@ -113,11 +113,14 @@ class Answer:
         """Write the answer as server-sent events as it comes, usage and [DONE] included; a failure becomes an error
         event. Raises ClientDisconnect."""
 
+        alone = len(self._generations) == 1  # or a step's choices go out together
+        send = outlet.push if alone else outlet.write
+
         def write(index: int, generation: Generation) -> None:
             if outlet.paused:
                 return  # the client is behind: what comes meanwhile goes out at once when there is room
             if events := [self._event(index, piece) for piece in generation.take()]:
-                outlet.write(b"".join(events))
+                send(b"".join(events))
 
         for index in self._indices:
             opening = self._job.shape.opening(index) if self._before[index] is None else None

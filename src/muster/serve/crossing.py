@@ -136,6 +136,8 @@ class Streams:
         self._waiting_s, self._pace = waiting_s, Pace()
         self._changed = threading.Lock()  # guards what follows
         self._live: dict[str, Stream] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """That of the streams."""
         self._waiting: dict[str, int] = {}  # prompt tokens of those not yet admitted
         self._tokens = 0
         self._refusal: str | None = None
@@ -154,6 +156,7 @@ class Streams:
         with self._changed:
             self._check(tokens)
             stream = self._live[request.id] = Stream(request)
+            self._loop = stream.loop
             self._waiting[request.id] = tokens
             self._tokens += tokens
             self._pace.queued()
@@ -174,8 +177,8 @@ class Streams:
         return stream is not None
 
     def deliver(self, items: Sequence[tuple[str, Item]], admitted: Sequence[str] = ()) -> None:
-        """Hand a step's results over, with one wake-up of an event loop for all of them."""
-        by_loop: dict[asyncio.AbstractEventLoop, dict[Stream, list[Item]]] = {}
+        """Hand a step's results over: here, on the loop that runs, or with one wake-up of a loop for all of them."""
+        ready: dict[Stream, list[Item]] = {}
         with self._changed:
             for request_id in admitted:
                 self._admit(request_id)
@@ -183,13 +186,18 @@ class Streams:
                 stream = self._live.get(request_id)
                 if stream is None:  # dropped meanwhile
                     continue
-                by_loop.setdefault(stream.loop, {}).setdefault(stream, []).append(item)
+                ready.setdefault(stream, []).append(item)
                 if isinstance(item, EngineError) or item.finish_reason is not None:
                     del self._live[request_id]
                     self._admit(request_id)
-        for loop, ready in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # that loop is closed: nobody is left to read
-                loop.call_soon_threadsafe(_hand_out, ready)
+            loop = self._loop
+        if not ready or loop is None:
+            return
+        if loop is _this_loop():
+            _hand_out(ready)
+            return
+        with contextlib.suppress(RuntimeError):  # it is closed: nobody is left to read
+            loop.call_soon_threadsafe(_hand_out, ready)
 
     def fail(self, reason: str, *, for_good: bool = True) -> None:
         """End all streams with EngineError; `for_good`: refuse further ones with it, too."""
@@ -212,6 +220,13 @@ class Streams:
         if request_id in self._waiting:
             self._tokens -= self._waiting.pop(request_id)
             self._pace.admitted(others=bool(self._waiting))
+
+
+def _this_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None  # this is a thread without one
 
 
 def _hand_out(ready: Mapping[Stream, Sequence[Item]]) -> None:

@@ -27,6 +27,8 @@ class Detokenizer:
     def __init__(self, decode: Decode, before: Sequence[int] = ()) -> None:
         self._decode = decode
         self._context = list(before)[-_CONTEXT:]
+        self._known = len(decode(self._context)) if self._context else 0
+        """Characters of the context."""
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
@@ -47,12 +49,12 @@ class Detokenizer:
         return self._finish(len(self._pending), self._decode_pending(len(self._pending)))
 
     def _decode_pending(self, count: int) -> str:
-        known = len(self._decode(self._context)) if self._context else 0
-        return self._decode(self._context + self._pending[:count])[known:]
+        return self._decode(self._context + self._pending[:count])[self._known :]
 
     def _finish(self, count: int, text: str) -> str:
-        self._context = self._pending[:count] or self._context
-        self._pending = self._pending[count:]
+        if count:
+            self._context, self._pending = self._pending[:count], self._pending[count:]
+            self._known = len(self._decode(self._context))
         return text
 
 

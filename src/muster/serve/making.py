@@ -13,6 +13,7 @@ import torch
 from muster.errors import UsageError
 from muster.serve.crossing import Inbox, Outcome
 from muster.serve.engine.batch import Network
+from muster.serve.engine.cores import this_core
 from muster.serve.engine.network import TransformerNetwork
 from muster.serve.engine.part import Part
 from muster.serve.engine.thread import drive
@@ -72,7 +73,7 @@ def serve(told: dict[str, Any], ahead: ReadAhead, inbox: Inbox, end: End, stack:
 
     def deliver(outcome: Outcome) -> None:
         try:
-            end.wire.send(from_outcome(outcome))
+            end.wire.send(from_outcome(outcome) | {"core": this_core()})
         except OSError:
             end.leave(0)
 

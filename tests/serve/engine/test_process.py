@@ -21,8 +21,9 @@ import pytest
 from muster.errors import UsageError
 from muster.model.folder import load_folder
 from muster.serve.crossing import Outcome
+from muster.serve.engine.ear import Ear
 from muster.serve.engine.process import ProcessEngine
-from muster.serve.engine.wire import Wire, from_outcome, from_request, to_outcome, to_request
+from muster.serve.engine.wire import Wire, from_outcome, from_request, to_items, to_request
 from muster.serve.opening import Setup
 from muster.serve.protocol import EngineError, Guide, Request, SamplingParams, Stats, Token
 
@@ -71,16 +72,82 @@ def test_what_crosses_the_wire_arrives_as_it_was() -> None:
     request = Request(id="a", prompt=(1, 2), params=params, priority=-1, client="me")
     assert to_request(over(from_request(request))) == request
     token = Token(id=4, logprob=-0.5, top_logprobs=((4, -0.5), (5, -1.5)), finish_reason="stop")
-    there = to_outcome(
-        over(
-            from_outcome(
-                Outcome(items=[("a", token), ("b", EngineError("why"))], admitted=["c"], stats=Stats(steps=2))
-            )
+    there = over(
+        from_outcome(
+            Outcome(items=[("a", token), ("b", EngineError("why"))], admitted=["c"], stats=Stats(steps=2))
         )
     )
-    assert there.items[0] == ("a", token)
-    assert str(there.items[1][1]) == "why"
-    assert (there.admitted, there.stats) == (["c"], Stats(steps=2))
+    items = to_items(there["items"])
+    assert items[0] == ("a", token)
+    assert str(items[1][1]) == "why"
+    assert (there["admitted"], Stats(**there["stats"])) == (["c"], Stats(steps=2))
+
+
+def test_messages_come_whole_however_they_are_cut() -> None:
+    messages = [{"n": number, "text": "x" * number * 10_000} for number in range(4)]
+    here, there = socket.socketpair()
+    for message in messages:
+        Wire(here).send(message)
+    data = there.recv(1 << 20)
+    receiver, found = Wire(here), list[dict[str, Any]]()
+    for start in range(0, len(data), 7_001):
+        there.sendall(data[start : start + 7_001])
+        found += receiver.receive()
+    assert not receiver.receive()  # nothing more, and no end
+    assert (found, receiver.ended) == (messages, False)
+    there.close()
+    assert not receiver.receive()
+    assert receiver.ended
+    receiver.close()
+
+
+def test_what_it_says_before_it_goes_is_heard_first_and_in_order() -> None:
+    here, there = socket.socketpair()
+    engine, heard = Wire(there), list[Any]()
+    loops: list[asyncio.AbstractEventLoop | None] = []
+
+    def hear(message: dict[str, Any]) -> None:
+        heard.append(message["n"])
+        loops.append(asyncio._get_running_loop())
+
+    async def run() -> None:
+        ear = Ear(hear)
+        ear.turn_to(wire := Wire(here))
+        engine.send({"n": 0})
+        await asyncio.sleep(0.01)
+        assert not heard  # there was no loop to hear it
+        ear.on_this_loop()
+        while not heard:
+            await asyncio.sleep(0)
+        engine.send({"n": 1})
+        engine.send({"n": 2})
+        engine.close()
+        await asyncio.to_thread(ear.finish, wire)
+        await asyncio.sleep(0)
+        assert wire.fileno() == -1
+
+    asyncio.run(run())
+    assert heard == [0, 1, 2]
+    assert loops[0] is not None
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
+def test_http_keeps_off_the_core_of_the_engine_and_a_new_one_gets_all(engine: ProcessEngine) -> None:
+    cores = os.sched_getaffinity(0)
+
+    async def run() -> None:
+        for number in range(2):
+            async for _ in engine.submit(greedy(str(number))):
+                assert len(os.sched_getaffinity(0)) == len(cores) - 1
+            assert os.sched_getaffinity(engine.pid) == cores
+            if number == 0:
+                os.kill(engine.pid, signal.SIGKILL)
+                while engine.stats().ready:
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+    engine.close()
+    assert os.sched_getaffinity(0) == cores
 
 
 def test_it_generates_is_killed_and_generates_again_until_it_gives_up(

@@ -19,14 +19,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from typing import Any
 
 from muster.errors import DoesNotFit, MusterError, UsageError
 from muster.serve.crossing import WAITING_LIMIT, WAITING_S, WAITING_TOKENS, Streams
-from muster.serve.engine.wire import Wire, from_request, to_outcome
+from muster.serve.engine.cores import Apart
+from muster.serve.engine.ear import Ear
+from muster.serve.engine.wire import Wire, from_request, to_items
 from muster.serve.protocol import Request, Stats, Tokens
 
 _LOG = logging.getLogger(__name__)
@@ -116,24 +118,24 @@ class ProcessEngine:
         self.kernels = ""
         """What computes, and why."""
         self._streams = Streams(waiting_limit, waiting_tokens, waiting_s)
-        self._stats = Stats()
+        self._stats: dict[str, Any] = {}
         self._closing = False
         self._moves: dict[int, Future[int]] = {}
         self._numbers = itertools.count()
         self._ends: deque[float] = deque(maxlen=restarts + 1)
+        self._said: str | None = None
+        """Why it ends, in its own words."""
+        self._ear, self._apart = Ear(self._heard), Apart()
         self._changed = threading.Lock()  # guards which process it is
         self._process, self._wire = self._start(worker or Worker())
-        messages = self._wire.messages()
         try:
-            self._greet(messages)
+            self._greet()
         except BaseException:
             self._wire.close()
             self._process.wait()
             raise
-        self._reader = threading.Thread(
-            target=self._read, args=(messages,), name="muster-engine-reader", daemon=True
-        )
-        self._reader.start()
+        self._watcher = threading.Thread(target=self._watch, name="muster-engine-watcher", daemon=True)
+        self._watcher.start()
 
     @property
     def pid(self) -> int:
@@ -141,6 +143,7 @@ class ProcessEngine:
 
     def submit(self, request: Request) -> Tokens:
         stream = self._streams.open(request)
+        self._ear.on_this_loop()
         self._send({"add": from_request(request)})
         return stream
 
@@ -155,6 +158,7 @@ class ProcessEngine:
         """Give a prompt's blocks to a file or, without one, take those of a file (`engine/transfer.py`): how many."""
         number, future = next(self._numbers), Future[int]()
         self._moves[number] = future
+        self._ear.on_this_loop()
         try:
             self._send({"move": [number, str(path), prompt]})
             return await asyncio.wrap_future(future)
@@ -162,50 +166,54 @@ class ProcessEngine:
             del self._moves[number]
 
     def stats(self) -> Stats:
-        return self._stats
+        return Stats(**self._stats)
 
     def close(self) -> None:
         self._streams.fail("the engine is stopping")
         with self._changed:
             self._closing = True
-            self._wire.close()
-        self._reader.join()
+            self._wire.end()
+        self._watcher.join()
         self._process.wait()
+        self._apart.end()
 
     def _start(self, worker: Worker) -> tuple[subprocess.Popen[bytes], Wire]:
         worker.make(self._setup)
         return worker.process, worker.wire
 
-    def _greet(self, messages: Iterator[dict[str, Any]]) -> None:
+    def _greet(self) -> None:
         """Wait until the process is ready."""
-        greeting = next(messages, None)
+        greeting = next(self._wire.messages(), None)
         if greeting is None:
             raise MusterError(f"the engine's process {_ending(self._process.wait())} while it was starting")
         if "error" in greeting:
             raise _ERRORS.get(greeting["kind"], MusterError)(greeting["error"])
-        self._stats, self.kernels = Stats(**greeting["stats"]), greeting["kernels"]
+        self._stats, self.kernels = greeting["stats"], greeting["kernels"]
+        self._ear.turn_to(self._wire)
 
     def _send(self, message: dict[str, Any]) -> None:
         with self._changed:
             try:
                 self._wire.send(message)
             except OSError:
-                _LOG.debug("the engine's process is gone; its reader will say so")
+                _LOG.debug("the engine's process is gone; its watcher will say so")
 
-    def _read(self, messages: Iterator[dict[str, Any]]) -> None:
-        """On a thread: hand tokens over, and start the process again when it ends."""
+    def _heard(self, message: dict[str, Any]) -> None:
+        if "items" in message:
+            self._stats = message["stats"]
+            self._apart.keep_off(message["core"])
+            self._streams.deliver(to_items(message["items"]), message["admitted"])
+        elif "moved" in message:
+            self._moved(*message["moved"])
+        else:
+            self._said = message["failed"]
+
+    def _watch(self) -> None:
+        """On a thread: start the process again when it ends."""
         while True:
-            said: str | None = None
-            for message in messages:
-                if "failed" in message:
-                    said = message["failed"]
-                    continue
-                if "moved" in message:
-                    self._moved(*message["moved"])
-                    continue
-                outcome = to_outcome(message)
-                self._stats = outcome.stats
-                self._streams.deliver(outcome.items, outcome.admitted)
+            ending = _ending(self._process.wait())
+            self._ear.finish(self._wire)
+            self._apart.end()  # a new process may run where this thread may
             for number in list(self._moves):
                 self._moved(number, 0)
             with (
@@ -213,25 +221,22 @@ class ProcessEngine:
             ):  # so that whatever is sent goes to the old process and fails, or to the new one
                 if self._closing:
                     return
-                self._wire.close()
-                ending = _ending(self._process.wait())
-                cause = said or f"the engine's process {ending}"
+                cause = self._said or f"the engine's process {ending}"
                 self._ends.append(time.monotonic())
                 if len(self._ends) > self._restarts and self._ends[-1] - self._ends[0] < RESTART_WINDOW_S:
                     times = f", {len(self._ends)} times within {RESTART_WINDOW_S:.0f} s"
                     self._give_up(cause + times * (self._restarts > 0))
                     return
                 _LOG.error("%s; it is started again", cause)
-                self._stats = Stats(ready=False)
+                self._stats, self._said = {"ready": False}, None
                 self._process, self._wire = self._start(Worker())
-                messages = self._wire.messages()
                 self._streams.fail(f"{cause}; send the request again", for_good=False)
             try:
-                self._greet(messages)
+                self._greet()
             except MusterError as error:
+                self._wire.close()
                 self._give_up(f"{cause}, and could not be started again: {error}")
                 return
-            self._stats = Stats()
 
     def _moved(self, number: int, blocks: int) -> None:
         if (future := self._moves.get(number)) is not None:

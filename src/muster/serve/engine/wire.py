@@ -8,24 +8,33 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
 import orjson
 
 from muster.serve.crossing import Item, Outcome
-from muster.serve.protocol import EngineError, Guide, Request, SamplingParams, Stats, Token
+from muster.serve.protocol import EngineError, Guide, Request, SamplingParams, Token
 
 _LENGTH_BYTES = 8
 
 
 class Wire:
-    """One end of a connected socket. Any thread may send; one receives."""
+    """One end of a connected socket. Any thread may send; one at a time receives."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._sending = threading.Lock()
+        self._received = bytearray()
+        self._whole: deque[dict[str, Any]] = deque()
+        self.ended = False
+        """Whether the other end is gone, and all that it has sent was received."""
+
+    def fileno(self) -> int:
+        """For whoever waits until there is something to receive; -1 once it is closed."""
+        return self._sock.fileno()
 
     def send(self, message: dict[str, Any]) -> None:
         """Send one message; raises OSError when the other end is gone."""
@@ -33,30 +42,47 @@ class Wire:
         with self._sending:
             self._sock.sendall(len(body).to_bytes(_LENGTH_BYTES, "big") + body)
 
+    def receive(self) -> Sequence[dict[str, Any]]:
+        """What has come by now; nothing also at the end."""
+        self._take(socket.MSG_DONTWAIT)
+        messages, self._whole = self._whole, deque()
+        return messages
+
     def messages(self) -> Iterator[dict[str, Any]]:
         """What the other end sends, until it is gone."""
-        buffer = bytearray()
-        needed = _LENGTH_BYTES
         while True:
-            while len(buffer) < needed:
-                try:
-                    received = self._sock.recv(1 << 16)
-                except OSError:
-                    return
-                if not received:
-                    return
-                buffer += received
-            if needed == _LENGTH_BYTES:
-                needed += int.from_bytes(buffer[:_LENGTH_BYTES], "big")
-                continue
-            yield orjson.loads(memoryview(buffer)[_LENGTH_BYTES:needed])
-            del buffer[:needed]
-            needed = _LENGTH_BYTES
+            while self._whole:
+                yield self._whole.popleft()
+            if self.ended:
+                return
+            self._take(0)
 
-    def close(self) -> None:
-        """End the connection; whoever waits in `messages` wakes up."""
+    def _take(self, flags: int) -> None:
+        try:
+            data = self._sock.recv(1 << 16, flags)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self.ended = not data
+        received, begin = self._received, _LENGTH_BYTES
+        received += data
+        while begin <= len(received):
+            end = begin + int.from_bytes(received[begin - _LENGTH_BYTES : begin], "big")
+            if end > len(received):
+                break
+            self._whole.append(orjson.loads(memoryview(received)[begin:end]))
+            begin = end + _LENGTH_BYTES
+        del received[: begin - _LENGTH_BYTES]
+
+    def end(self) -> None:
+        """End the connection; whoever waits for messages, here or there, wakes up."""
         with contextlib.suppress(OSError):  # the other end is gone already
             self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End the connection, and give its file back."""
+        self.end()
         self._sock.close()
 
 
@@ -81,9 +107,9 @@ def from_outcome(outcome: Outcome) -> dict[str, Any]:
     return {"items": items, "admitted": outcome.admitted, "stats": outcome.stats}
 
 
-def to_outcome(plain: dict[str, Any]) -> Outcome:
-    items = [(item[0], _to_item(*item[1:])) for item in plain["items"]]
-    return Outcome(items=items, admitted=plain["admitted"], stats=Stats(**plain["stats"]))
+def to_items(plain: Sequence[Sequence[Any]]) -> list[tuple[str, Item]]:
+    """The items of an outcome, from its message's."""
+    return [(item[0], _to_item(*item[1:])) for item in plain]
 
 
 def _from_item(item: Item) -> tuple[Any, ...]:

@@ -1,6 +1,8 @@
 """One streamed completion over HTTP/1.1, with the time of everything that arrives.
 
-On h11 and plain sockets: a client that costs little is a client that measures the server, and not itself.
+On h11 and plain sockets: a client that costs little is a client that measures the server, and not itself. What
+arrives is only kept, with its time, and is read when the answer has ended: a server on the same cores has them until
+then.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import asyncio
 import json
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -20,7 +22,9 @@ import h11
 from muster.errors import MusterError, UsageError
 from muster.serve.load.workload import Sent
 
-_READ_BYTES = 1 << 16
+_LAST_CHUNK = b"0\r\n\r\n"
+_READ_AT_ONCE = 16
+"""Pieces of an answer; what arrives of others meanwhile gets its time late."""
 
 
 @dataclass(slots=True)
@@ -84,13 +88,12 @@ class Server:
 
     async def model(self) -> str:
         """The name of the first model that it serves."""
-        body = b""
+        arrival = _Arrival()
         try:
             async with asyncio.timeout(self._timeout_s):
-                async for event in self._exchange("GET", "/v1/models", b""):
-                    if isinstance(event, h11.Data):
-                        body += event.data
-            return str(json.loads(body)["data"][0]["id"])
+                await self._exchange(arrival, "GET", "/v1/models", b"")
+            data = [bytes(event.data) for _, event in arrival.events() if isinstance(event, h11.Data)]
+            return str(json.loads(b"".join(data))["data"][0]["id"])
         except (OSError, TimeoutError, h11.RemoteProtocolError) as error:
             reason = getattr(error, "strerror", None) or error
             raise MusterError(f"no answer from {self._url.geturl()} ({reason}): is it running?") from None
@@ -101,7 +104,7 @@ class Server:
 
     async def complete(self, sent: Sent, model: str, due_s: float) -> Outcome:
         """Send one request now and read its answer to the end; whatever goes wrong is in the outcome."""
-        outcome = Outcome(sent.number, due_s)
+        outcome, arrival = Outcome(sent.number, due_s), _Arrival()
         body = {
             "model": model,
             "prompt": list(sent.prompt),
@@ -113,60 +116,95 @@ class Server:
         }
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._read(outcome, json.dumps(body).encode())
+                await self._exchange(arrival, "POST", "/v1/completions", json.dumps(body).encode())
         except TimeoutError:
             outcome.error = f"no end within {self._timeout_s:g} s"
-        except (OSError, ValueError, h11.RemoteProtocolError) as error:
+        except OSError as error:
             outcome.error = str(error) or type(error).__name__
         outcome.ended_s = time.perf_counter()
+        try:
+            await _read(outcome, arrival)
+        except (ValueError, h11.RemoteProtocolError) as error:
+            outcome.error = outcome.error or str(error)
         return outcome
 
-    async def _read(self, outcome: Outcome, body: bytes) -> None:
-        rest = b""
-        async for event in self._exchange("POST", "/v1/completions", body):
-            if isinstance(event, h11.Response):
-                outcome.status = event.status_code
-                for name, value in event.headers:
-                    if name == b"retry-after":
-                        outcome.retry_after_s = float(value)
-            elif isinstance(event, h11.Data):
-                *lines, rest = (rest + bytes(event.data)).split(b"\n")
-                for line in lines:
-                    if line.startswith(b"data:"):
-                        _take(outcome, line.removeprefix(b"data:").strip())
-        if outcome.status != 200:
-            outcome.error = rest.decode(errors="replace")[:200] or f"status {outcome.status}"
-
-    async def _exchange(self, method: str, path: str, body: bytes) -> AsyncIterator[h11.Event]:
+    async def _exchange(self, arrival: _Arrival, method: str, path: str, body: bytes) -> None:
+        """Send a request, and wait for the end of what is answered."""
         url = self._url
         secure = ssl.create_default_context() if url.scheme == "https" else None
         port = url.port or (443 if secure else 80)
-        reader, writer = await asyncio.open_connection(url.hostname, port, ssl=secure)
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(lambda: arrival, url.hostname or "", port, ssl=secure)
         try:
-            connection = h11.Connection(h11.CLIENT)
             headers = [*self._headers, ("Content-Length", str(len(body)))]
             request = h11.Request(method=method, target=url.path + path, headers=headers)
-            writer.write((connection.send(request) or b"") + (connection.send(h11.Data(data=body)) or b""))
-            connection.send(h11.EndOfMessage())
-            while True:
-                event = connection.next_event()
-                if event is h11.NEED_DATA:
-                    received = await reader.read(_READ_BYTES)
-                    if not received and connection.their_state is h11.SEND_RESPONSE:
-                        raise ConnectionResetError("the server closed the connection before it answered")
-                    connection.receive_data(received)
-                    continue
+            transport.write((h11.Connection(h11.CLIENT).send(request) or b"") + body)
+            await arrival.ended
+        finally:
+            transport.close()
+        if not arrival.pieces:
+            raise ConnectionResetError("the server closed the connection before it answered")
+
+
+class _Arrival(asyncio.Protocol):
+    """What comes on a connection, which is for one answer."""
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[float, bytes]] = []
+        """With the time of each."""
+        self.ended = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        self.pieces.append((time.perf_counter(), data))
+        if data.endswith(_LAST_CHUNK):
+            self._end(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(exc)
+
+    def events(self) -> Iterator[tuple[float, h11.Event]]:
+        """All of the answer, read now; raises h11.RemoteProtocolError, also where it is not whole."""
+        connection = h11.Connection(h11.CLIENT)
+        connection.send(h11.Request(method="GET", target="/", headers=[("Host", "")]))
+        connection.send(h11.EndOfMessage())
+        for at_s, data in [*self.pieces, (time.perf_counter(), b"")]:
+            connection.receive_data(data)
+            while (event := connection.next_event()) is not h11.NEED_DATA:
                 assert isinstance(event, h11.Event)
-                yield event
+                yield at_s, event
                 if isinstance(event, h11.EndOfMessage):
                     return
-        finally:
-            writer.close()
+
+    def _end(self, error: Exception | None) -> None:
+        if self.ended.done():
+            return
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
 
 
-def _take(outcome: Outcome, payload: bytes) -> None:
+async def _read(outcome: Outcome, arrival: _Arrival) -> None:
+    rest = b""
+    for number, (at_s, event) in enumerate(arrival.events()):
+        if isinstance(event, h11.Response):
+            outcome.status = event.status_code
+            for name, value in event.headers:
+                if name == b"retry-after":
+                    outcome.retry_after_s = float(value)
+        elif isinstance(event, h11.Data):
+            *lines, rest = (rest + bytes(event.data)).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data:"):
+                    _take(outcome, line.removeprefix(b"data:").strip(), at_s)
+        if number % _READ_AT_ONCE == 0:
+            await asyncio.sleep(0)
+    if outcome.status != 200:
+        outcome.error = outcome.error or rest.decode(errors="replace")[:200] or f"status {outcome.status}"
+
+
+def _take(outcome: Outcome, payload: bytes, at_s: float) -> None:
     """One server-sent event."""
-    now = time.perf_counter()
     if payload == b"[DONE]":
         return
     content: dict[str, Any] = json.loads(payload)
@@ -176,4 +214,4 @@ def _take(outcome: Outcome, payload: bytes) -> None:
         outcome.prompt_tokens = int(usage["prompt_tokens"])
         outcome.output_tokens = int(usage["completion_tokens"])
     if any("text" in choice and choice["text"] is not None for choice in content.get("choices") or ()):
-        outcome.arrived_s.append(now)
+        outcome.arrived_s.append(at_s)

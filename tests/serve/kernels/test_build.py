@@ -181,6 +181,12 @@ def test_level_that_the_processor_lacks(small: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="there is no disassembler here")
+def test_only_amx_has_tiles(library_of: LibraryOf) -> None:
+    assert not any(library_of(level).muster_has_tiles() for level in LEVELS[1:])
+    if library_of(None).muster_has_tiles():
+        assert build._levels(build._features())[0].name == "AMX"
+
+
 @pytest.mark.parametrize("level", LEVELS[1:], ids=lambda level: level.name)
 def test_no_instruction_above_the_level(level: Level, library_of: LibraryOf) -> None:
     """One would end the process on a processor without it, and no test on a newer one would notice."""

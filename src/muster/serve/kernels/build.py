@@ -39,8 +39,9 @@ class Level:
 
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
+_AMX = Level(name="AMX", needs=(*_AVX512, "amx_int8", "amx_bf16"), architecture="sapphirerapids")
 LEVELS = (
-    Level(name="AMX", needs=(*_AVX512, "amx_int8", "amx_bf16"), architecture="sapphirerapids"),
+    _AMX,
     Level(name="AVX-512 VNNI", needs=_AVX512, architecture="cascadelake"),
     Level(name="AVX2 and AVX-VNNI", needs=(*_AVX2, "avx_vnni"), architecture="alderlake"),
     Level(name="AVX2", needs=_AVX2, architecture="haswell"),
@@ -61,17 +62,21 @@ def load_library(level: Level | None = None) -> tuple[ctypes.CDLL, str]:
     found = _levels(features)
     if level is not None and level not in found:
         raise Unavailable(f"the processor has no {level.name}")
-    name = (level or found[0]).name
+    level_used = level or found[0]
     compiler, version = _compiler()
     flags = (*FLAGS, f"-march={level.architecture if level else 'native'}")
     path = cache_folder() / f"kernels-{_key((version, *flags, *features))}.so"
-    if _is_whole(path):
-        return _open(path), f"{name} ({path.name} from the cache)"
-    try:
-        _compile((compiler, *flags), path)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"the kernels could not be compiled into {path.parent} ({error})") from None
-    return _open(path), f"{name} ({path.name}, compiled now by {version})"
+    origin = f"({path.name} from the cache)"
+    if not _is_whole(path):
+        try:
+            _compile((compiler, *flags), path)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Unavailable(f"the kernels could not be compiled into {path.parent} ({error})") from None
+        origin = f"({path.name}, compiled now by {version})"
+    library, name = _open(path), level_used.name
+    if level_used is _AMX and not library.muster_has_tiles():
+        name += " processor whose tiles the system refuses, so with AVX-512"
+    return library, f"{name} {origin}"
 
 
 def cache_folder() -> Path:

@@ -8,14 +8,6 @@ constexpr int64_t GROUP = 32;
 // From so many rows on, it pays to make a panel's int8 numbers and to multiply with those. The results are the same.
 static int64_t for_whole() { return have_tiles() ? 16 : 24; }
 
-// The whole sums of a row and 16 features, as the layer's results.
-static inline void finish(void* out, int64_t index, Ints whole, float row_scale, const float* scale, const float* bias,
-                          int64_t column, int64_t features, bool narrow) {
-  const Floats plus = bias ? load(bias + column) : broadcast(0.f);
-  store(out, index, fmadd(to_floats(whole), broadcast(row_scale) * load(scale + column), plus),
-        first(features - column), narrow);
-}
-
 // A panel's numbers as those of an int8 layer, [4 inputs][32 features][4], to each of which 128 is added.
 static void expand(const uint8_t* panel, const int8_t* factor, int64_t padded, uint8_t* to) {
   for (int64_t g = 0; g < padded; g += GROUP)

@@ -15,3 +15,6 @@ extern "C" void muster_linear_int8(const void* x, const uint8_t* weight, const f
     multiply_panel<int8_t>(blocks, q, w, padded / 4, w, padded * PANEL, finish);
   });
 }
+
+// Whether tiles are used: there is what they need, and the system lets this process have them.
+extern "C" int32_t muster_has_tiles() { return have_tiles(); }

@@ -74,7 +74,15 @@ inline void quantize_rows(const void* x, bool narrow, const Blocks& blocks, uint
   });
 }
 
-// A layer's results from whole sums: multiply(blocks, placed rows, panel, finish) is to multiply the weights, to which
+// Whole sums of a row and 16 features as the layer's results.
+inline void finish(void* out, int64_t index, Ints whole, float row_scale, const float* scale, const float* bias,
+                   int64_t column, int64_t features, bool narrow) {
+  const Floats plus = bias ? load(bias + column) : broadcast(0.f);
+  store(out, index, fmadd(to_floats(whole), broadcast(row_scale) * load(scale + column), plus),
+        first(features - column), narrow);
+}
+
+// A layer of int8 numbers: multiply(blocks, placed rows, panel, finish) is to multiply the weights, to which
 // 128 was added, since VNNI takes its first factor unsigned. `corrections` take that back.
 template <class Multiply>
 inline void linear_of_whole(const void* x, const float* scale, const float* bias, void* out, int64_t rows,
@@ -91,11 +99,8 @@ inline void linear_of_whole(const void* x, const float* scale, const float* bias
     const int64_t panels = (features + PANEL - 1) / PANEL;
     parallel_for(panels, run_of(panels, threads), threads, [&](int64_t panel) {
       multiply(blocks, q, panel, [=, from = panel * PANEL](int64_t row, int64_t c, Ints sum) {
-        const Ints whole = add(sum, broadcast(corrections[row]));
-        const Floats by = broadcast(scales[row]) * load(scale + from + c);
-        const Floats plus = bias ? load(bias + from + c) : broadcast(0.f);
-        store(out, row * features + from + c, fmadd(to_floats(whole), by, plus), first(features - from - c),
-              narrow_out);
+        finish(out, row * features + from + c, add(sum, broadcast(corrections[row])), scales[row], scale, bias,
+               from + c, features, narrow_out);
       });
     });
   });

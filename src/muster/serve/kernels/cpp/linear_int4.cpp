@@ -30,7 +30,7 @@ static void expand(const uint8_t* panel, const int8_t* factor, int64_t padded, u
     }
 }
 
-// The sums of each group apart.
+// The same without numbers of the int8 layer: those of 4 bits are summed up, and only a group's sum is multiplied.
 static void linear_of_nibbles(const void* x, const uint8_t* weight, const int8_t* factor, const float* scale,
                               const float* bias, void* out, int64_t rows, int64_t inputs, int64_t padded,
                               int64_t features, int64_t threads, bool narrow_in, bool narrow_out) {
@@ -81,7 +81,8 @@ static void linear_of_nibbles(const void* x, const uint8_t* weight, const int8_t
 #pragma GCC unroll 16
               for (int r = 0; r < ROWS; r++) {
                 const uint32_t* token = tokens.from + r * tokens.row_step + i / 4 * tokens.unit_step;
-                const Ints first_four = broadcast(unit_at(token)), last_four = broadcast(unit_at(token + tokens.unit_step));
+                const Ints first_four = broadcast(unit_at(token));
+                const Ints last_four = broadcast(unit_at(token + tokens.unit_step));
 #pragma GCC unroll 2
                 for (int v = 0; v < WIDE; v++) whole[r][v] = multiply_add_nibbles(whole[r][v], low[v], first_four);
 #pragma GCC unroll 2

@@ -64,7 +64,8 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// sums (1 or 2 tiles of rows, 32 features) = rows times a panel of weights, both bf16, or signed bytes times unsigned ones.
+// sums (1 or 2 tiles of rows, 32 features) = rows times a panel of weights: both bf16, or signed bytes times unsigned
+// ones.
 template <class T, bool TWO>
 inline void multiply_tiles(const uint32_t* rows, int64_t height, const void* panel, int64_t units, void* sums,
                            const Ahead<_MM_HINT_T0>& ahead, int64_t step) {

@@ -23,7 +23,7 @@ from muster.serve.kernels.reference import Reference
 from tests.serve.kernels.conftest import LibraryOf
 
 ANY = (Level(name="any processor", needs=(), architecture="native"),)
-SMALL = 'extern "C" int answer() { return 42; }\n'
+SMALL = 'extern "C" int answer() { return 42; }\nextern "C" int muster_has_tiles() { return 1; }\n'
 compiling = pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None, reason="there is no C++ compiler here"
 )
@@ -166,6 +166,14 @@ def test_best_level_of_a_processor(small: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(build, "LEVELS", LEVELS)
     monkeypatch.setattr(build, "_features", lambda: features)
     assert load_library()[1].startswith(f"{expected} (kernels-")
+
+
+@compiling
+def test_tiles_that_the_system_refuses(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "LEVELS", LEVELS)
+    monkeypatch.setattr(build, "_features", lambda: PROCESSORS["Sapphire Rapids"][0])
+    (tmp_path / "cpp" / "small.cpp").write_text(SMALL.replace("return 1", "return 0"))
+    assert load_library()[1].startswith("AMX processor whose tiles the system refuses, so with AVX-512 (")
 
 
 @compiling

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,8 +106,8 @@ def test_what_it_says_before_it_goes_is_heard_first_and_in_order() -> None:
     engine, heard = Wire(there), list[Any]()
     loops: list[asyncio.AbstractEventLoop | None] = []
 
-    def hear(message: dict[str, Any]) -> None:
-        heard.append(message["n"])
+    def hear(messages: Sequence[dict[str, Any]]) -> None:
+        heard.extend(message["n"] for message in messages)
         loops.append(asyncio._get_running_loop())
 
     async def run() -> None:

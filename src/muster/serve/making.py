@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
@@ -77,6 +78,7 @@ def serve(told: dict[str, Any], ahead: ReadAhead, inbox: Inbox, end: End, stack:
         except OSError:
             end.leave(0)
 
+    gc.freeze()  # what is there now stays: looking through all of torch now and then would delay a step
     drive(core, inbox, deliver)
 
 

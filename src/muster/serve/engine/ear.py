@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from muster.serve.engine.wire import Wire
 
 
 class Ear:
-    """Calls `heard` with each message, in order: on the loop, or in `finish`."""
+    """Calls `heard` with the messages that have come, in order: on the loop, or in `finish`."""
 
-    def __init__(self, heard: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, heard: Callable[[Sequence[dict[str, Any]]], None]) -> None:
         self._heard = heard
         self._receiving = threading.Lock()
         self._wire: Wire | None = None
@@ -40,8 +40,7 @@ class Ear:
         """Hear to the end what the other end has said before it went, and close the wire."""
         with self._receiving:
             self._wire = None
-            for message in wire.messages():
-                self._heard(message)
+            self._heard(list(wire.messages()))
         if not self._on_loop(self._close, wire):
             wire.close()
 
@@ -53,8 +52,7 @@ class Ear:
     def _receive(self, wire: Wire) -> None:
         with self._receiving:
             if wire is self._wire:
-                for message in wire.receive():
-                    self._heard(message)
+                self._heard(wire.receive())
             done = wire is not self._wire or wire.ended
         if done:
             self._forget(wire)

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from typing import Any
@@ -198,15 +198,21 @@ class ProcessEngine:
             except OSError:
                 _LOG.debug("the engine's process is gone; its watcher will say so")
 
-    def _heard(self, message: dict[str, Any]) -> None:
-        if "items" in message:
-            self._stats = message["stats"]
-            self._apart.keep_off(message["core"])
-            self._streams.deliver(to_items(message["items"]), message["admitted"])
-        elif "moved" in message:
-            self._moved(*message["moved"])
-        else:
-            self._said = message["failed"]
+    def _heard(self, messages: Sequence[dict[str, Any]]) -> None:
+        """Of several steps, where this was behind: what goes to one stream then goes out at once."""
+        items: list[Sequence[Any]] = []
+        admitted: list[str] = []
+        for message in messages:
+            if "items" in message:
+                items += message["items"]
+                admitted += message["admitted"]
+                self._stats = message["stats"]
+                self._apart.keep_off(message["core"])
+            elif "moved" in message:
+                self._moved(*message["moved"])
+            else:
+                self._said = message["failed"]
+        self._streams.deliver(to_items(items), admitted)
 
     def _watch(self) -> None:
         """On a thread: start the process again when it ends."""

@@ -6,6 +6,7 @@ Both ends are ours and of one version, yet nothing is executed that comes in (ru
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import threading
 from collections import deque
@@ -44,7 +45,7 @@ class Wire:
 
     def receive(self) -> Sequence[dict[str, Any]]:
         """What has come by now; nothing also at the end."""
-        self._take(socket.MSG_DONTWAIT)
+        self._take()
         messages, self._whole = self._whole, deque()
         return messages
 
@@ -55,11 +56,15 @@ class Wire:
                 yield self._whole.popleft()
             if self.ended:
                 return
-            self._take(0)
+            # A thread that waits in recv is woken up whenever the other end has read something, too: by every step.
+            there = select.poll()
+            there.register(self._sock, select.POLLIN)
+            there.poll()
+            self._take()
 
-    def _take(self, flags: int) -> None:
+    def _take(self) -> None:
         try:
-            data = self._sock.recv(1 << 16, flags)
+            data = self._sock.recv(1 << 16, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:

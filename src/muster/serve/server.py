@@ -15,6 +15,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from ipaddress import ip_address
@@ -23,6 +24,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from muster.errors import MusterError, UsageError
+from muster.serve.engine.cores import on_all_cores
 from muster.serve.gate import Front
 from muster.serve.limits import Limits
 from muster.serve.receipt import guarded_protocol
@@ -120,6 +122,9 @@ class Server(uvicorn.Server):
             raise self._failure
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        # Threads that read large bodies, which this one must not take along to where it keeps itself.
+        pool = ThreadPoolExecutor(thread_name_prefix="muster-reader", initializer=on_all_cores)
+        asyncio.get_running_loop().set_default_executor(pool)
         # uvicorn's own leaves the default of a minute to a client that begins a TLS handshake and says no more.
         secure = self.config.ssl is not None
         make: Callable[[], asyncio.Protocol] = partial(

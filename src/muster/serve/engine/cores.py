@@ -1,4 +1,4 @@
-"""Keeps HTTP off the core that computes the next step.
+"""Keeps HTTP off the core that computes the next step, where the system is Linux.
 
 The system wakes whoever is told of a step where the one who tells runs: there HTTP, and often its client after it,
 holds up what all of the engine's other cores wait for. Anywhere else it holds up one, whose part the rest do.
@@ -9,29 +9,41 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
+from collections.abc import Callable
 
-this_core = ctypes.CDLL(None).sched_getcpu
+_LINUX = sys.platform == "linux"
+_ALL = os.sched_getaffinity(0) if _LINUX else set[int]()
+"""Where this process was started to run."""
+_UNKNOWN = -1
+
+this_core: Callable[[], int] = ctypes.CDLL(None).sched_getcpu if _LINUX else lambda: _UNKNOWN
 """The core that the calling thread runs on now."""
+
+
+def on_all_cores() -> None:
+    """Let the calling thread run anywhere: it has from its maker where that may run."""
+    _move(_ALL)
 
 
 class Apart:
     """Where the calling thread may run: on all cores but one, which now and then is another."""
 
     def __init__(self) -> None:
-        self._all = os.sched_getaffinity(0)
-        self._left = -1
+        self._left = _UNKNOWN
 
     def keep_off(self, core: int) -> None:
         if core != self._left:
             self._left = core
-            _move(self._all - {core})
+            _move(_ALL - {core})
 
     def end(self) -> None:
         """Leave it all cores again."""
-        self._left = -1
-        _move(self._all)
+        self._left = _UNKNOWN
+        on_all_cores()
 
 
 def _move(cores: set[int]) -> None:
     with contextlib.suppress(OSError):  # none is left, or it may not
-        os.sched_setaffinity(0, cores)
+        if _LINUX:
+            os.sched_setaffinity(0, cores)

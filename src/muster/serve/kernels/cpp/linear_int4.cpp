@@ -7,14 +7,6 @@
 
 constexpr int64_t GROUP = 32;
 
-// The whole sums of a row and 16 features, as the layer's results.
-static inline void finish(void* out, int64_t index, Ints whole, float row_scale, const float* scale, const float* bias,
-                          int64_t column, int64_t features, bool narrow) {
-  const Floats plus = bias ? load(bias + column) : broadcast(0.f);
-  store(out, index, fmadd(to_floats(whole), broadcast(row_scale) * load(scale + column), plus),
-        first(features - column), narrow);
-}
-
 #ifdef __AMX_INT8__
 // From so many rows on, it pays to make a panel's int8 numbers and to multiply with those. The results are the same.
 constexpr int64_t FOR_TILES = 16;
@@ -39,26 +31,29 @@ static void expand(const uint8_t* panel, const int8_t* factor, int64_t padded, i
 }
 
 static void linear_in_tiles(const void* x, const uint8_t* weight, const int8_t* factor, const float* scale,
-                            const float* bias, void* out, int64_t rows, int64_t inputs, int64_t padded,
-                            int64_t features, int64_t threads, bool narrow_in, bool narrow_out) {
+                            const bfloat16* right, const float* bias, void* out, int64_t rows, int64_t inputs,
+                            int64_t padded, int64_t features, int64_t threads, bool narrow_in, bool narrow_out) {
   static thread_local std::vector<uint32_t> kept_q;
-  static thread_local std::vector<float> kept_scales;
+  static thread_local std::vector<float> kept_scales, kept_parts;
   static thread_local std::vector<int32_t> kept_sums;
   const TileRows tiles(rows);
   uint32_t* q = scratch(kept_q, tiles.numbers(padded / 4));
-  float* scales = scratch(kept_scales, rows);
+  float *scales = scratch(kept_scales, rows), *parts = scratch(kept_parts, rows * RANK);
   int32_t* sums = scratch(kept_sums, rows);
-  quantize_rows<1>(x, narrow_in, tiles, q, scales, sums, 1, inputs, padded, padded, threads);
+  quantize_rows<1>(x, narrow_in, tiles, q, scales, sums, 1, right, parts, inputs, padded, padded, threads);
+  const Panels all{weight, padded * (PANEL / 2), right != nullptr};
+  const Results results{out, scale, bias, scales, parts, features, narrow_out};
   const int64_t panels = (features + PANEL - 1) / PANEL;
   parallel_for(panels, run_of(panels, threads), threads, [&](int64_t panel) {
+    const uint8_t* w = all.at(panel);
+    const bfloat16* left = all.left(panel);
     static thread_local std::vector<int8_t> kept_panel;
     int8_t* expanded = scratch(kept_panel, padded * PANEL);
-    expand(weight + panel * padded * (PANEL / 2), factor + panel * padded / GROUP * 2 * PANEL, padded, expanded);
+    expand(w, factor + panel * padded / GROUP * 2 * PANEL, padded, expanded);
     multiply_panel<int8_t>(tiles, q, expanded, padded / 4, [&](int64_t row, const int32_t* whole) {
       for (int v = 0; v < 2; v++) {
-        const int64_t column = panel * PANEL + 16 * v;
-        finish(out, row * features + column, load_ints(whole + 16 * v), scales[row], scale, bias, column,
-               features, narrow_out);
+        const Ints sum[] = {load_ints(whole + 16 * v)};
+        results.finish(row, panel, 16 * v, left, sum);
       }
     });
   });
@@ -66,24 +61,28 @@ static void linear_in_tiles(const void* x, const uint8_t* weight, const int8_t* 
 #endif
 
 extern "C" void muster_linear_int4(const void* x, const uint8_t* weight, const int8_t* factor, const float* scale,
-                                   const float* bias, void* out, int64_t rows, int64_t inputs, int64_t padded,
-                                   int64_t features, int64_t threads, int64_t narrow_in, int64_t narrow_out) {
+                                   const bfloat16* right, const float* bias, void* out, int64_t rows, int64_t inputs,
+                                   int64_t padded, int64_t features, int64_t threads, int64_t narrow_in,
+                                   int64_t narrow_out) {
 #ifdef __AMX_INT8__
   if (rows >= FOR_TILES && have_tiles())
-    return linear_in_tiles(x, weight, factor, scale, bias, out, rows, inputs, padded, features, threads, narrow_in,
-                           narrow_out);
+    return linear_in_tiles(x, weight, factor, scale, right, bias, out, rows, inputs, padded, features, threads,
+                           narrow_in, narrow_out);
 #endif
   static thread_local std::vector<uint32_t> kept_q;
-  static thread_local std::vector<float> kept_scales;
+  static thread_local std::vector<float> kept_scales, kept_parts;
   static thread_local std::vector<int32_t> kept_sums;
   const int64_t groups = padded / GROUP, panels = (features + PANEL - 1) / PANEL;
   const RowBlocks blocks(rows, MOST_ROWS_INT4);
   uint32_t* q = scratch(kept_q, rows * padded / 4);
-  float* scales = scratch(kept_scales, rows);
+  float *scales = scratch(kept_scales, rows), *parts = scratch(kept_parts, rows * RANK);
   int32_t* activations = scratch(kept_sums, rows * groups);  // the sums of each group
-  quantize_rows<1>(x, narrow_in, blocks, q, scales, activations, 1, inputs, padded, GROUP, threads);
+  const Panels all{weight, padded * (PANEL / 2), right != nullptr};
+  const Results results{out, scale, bias, scales, parts, features, narrow_out != 0};
+  quantize_rows<1>(x, narrow_in, blocks, q, scales, activations, 1, right, parts, inputs, padded, GROUP, threads);
   parallel_for(panels, run_of(panels, threads), threads, [&](int64_t panel) {
-    const uint8_t* w = weight + panel * padded * (PANEL / 2);
+    const uint8_t* w = all.at(panel);
+    const bfloat16* left = all.left(panel);
     const int8_t* f = factor + panel * groups * 2 * PANEL;
     for (int64_t row = 0; row < rows; row += blocks.height)
       with_count<MOST_ROWS_INT4>(blocks.rows_in(row), [&]<int ROWS>() {
@@ -136,10 +135,10 @@ extern "C" void muster_linear_int4(const void* x, const uint8_t* weight, const i
           }
 #pragma GCC unroll 2
           for (int v = 0; v < WIDE; v++) {
-            const int64_t c = panel * PANEL + from + 16 * v;
+            Ints column[ROWS];
 #pragma GCC unroll 16
-            for (int r = 0; r < ROWS; r++)
-              finish(out, (row + r) * features + c, sums[r][v], scales[row + r], scale, bias, c, features, narrow_out);
+            for (int r = 0; r < ROWS; r++) column[r] = sums[r][v];
+            results.finish(row, panel, from + 16 * v, left, column);
           }
         }
       });

@@ -2,6 +2,7 @@
 // of 64 numbers is turned by a Hadamard matrix, as the weights were (`packing.py` says why).
 #pragma once
 #include "blocks.h"
+#include "low_rank.h"
 #include "parallel.h"
 
 // 64 numbers times the orthonormal Hadamard matrix, in the stages' order of `packing.mixed`.
@@ -24,20 +25,31 @@ inline void mix(Floats (&x)[4]) {
 
 // q: units of four numbers, or their two parts, where `Blocks` (`blocks.h`, `tiles.h`) has them, of rows filled with
 // zeros up to `padded`; scale (rows,); and for each `group` of numbers `per_sum` times their sum, (rows, padded / group).
+// Where there is a `right`, `parts` (rows, RANK) are kept apart.
 template <int P, class T, class Blocks>
 inline void quantize_rows(const T* x, const Blocks& blocks, uint32_t* q, float* scale, int32_t* sums, int per_sum,
-                          int64_t inputs, int64_t padded, int64_t group, int64_t threads) {
+                          const float* right, float* parts, int64_t inputs, int64_t padded, int64_t group,
+                          int64_t threads) {
   parallel_for(blocks.rows, 4, blocks.rows >= 8 ? threads : 1, [&](int64_t row) {
     static thread_local std::vector<float> kept;
     float* mixed = scratch(kept, padded);
     const T* from = x + row * inputs;
     uint32_t* to = q + blocks.start(row, padded / 4 * P);
     const int64_t step = blocks.step(row);
+    float* own = parts + row * RANK;
+    Floats less[RANK];
+    if (right) {
+      find_parts(from, right, inputs, own);
+      for (int k = 0; k < RANK; k++) less[k] = broadcast(-own[k]);
+    }
     Floats most = broadcast(0.f);
     for (int64_t i = 0; i < padded; i += 64) {
       Floats block[4];
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; v++) block[v] = load(from + i + 16 * v, first(inputs - i - 16 * v));
+      for (int v = 0; v < 4; v++) {
+        block[v] = load(from + i + 16 * v, first(inputs - i - 16 * v));
+        if (right) block[v] = without(block[v], less, right, i + 16 * v);
+      }
       mix(block);
 #pragma GCC unroll 4
       for (int v = 0; v < 4; v++) {
@@ -71,9 +83,12 @@ inline void quantize_rows(const T* x, const Blocks& blocks, uint32_t* q, float* 
 
 template <int P, class Blocks>
 inline void quantize_rows(const void* x, bool narrow, const Blocks& blocks, uint32_t* q, float* scale, int32_t* sums,
-                          int per_sum, int64_t inputs, int64_t padded, int64_t group, int64_t threads) {
+                          int per_sum, const bfloat16* right, float* parts, int64_t inputs, int64_t padded,
+                          int64_t group, int64_t threads) {
+  static thread_local std::vector<float> kept;
+  const float* directions = right ? widened(right, padded * RANK, scratch(kept, padded * RANK)) : nullptr;
   auto run = [&](auto* typed) {
-    quantize_rows<P>(typed, blocks, q, scale, sums, per_sum, inputs, padded, group, threads);
+    quantize_rows<P>(typed, blocks, q, scale, sums, per_sum, directions, parts, inputs, padded, group, threads);
   };
   narrow ? run(static_cast<const bfloat16*>(x)) : run(static_cast<const float*>(x));
 }

@@ -162,7 +162,7 @@ void multiply(const uint32_t* a, int64_t a_step, const uint32_t* b, int64_t unit
 #pragma GCC unroll 16
             for (int v = 0; v < VECTORS; v++)
               sums[r][v] = add ? load(at + r * step + 16 * v) : broadcast(0.f);
-          product<T, ROWS, VECTORS>(a + row * a_step, a_step, 1, b + column, step, units, sums);
+          product<T, ROWS, VECTORS>(a + row * a_step, a_step, 1, Stored<T>{b + column, step}, units, sums);
 #pragma GCC unroll 16
           for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 16
@@ -207,7 +207,7 @@ void attend_tile(const Tile& tile, const Shape& shape, const T* qkv, const S* ke
   const int64_t group = shape.group(), dim = shape.dim, rows = tile.tokens * group;
   const int64_t units = (dim / in_unit<T> + 15) / 16 * 16, padded = (dim + 15) / 16 * 16;
   const TileRows tiles(rows);
-  const int64_t room = tiles.tiles() * tiles.height, query = units * PARTS<T>;
+  const int64_t room = tiles.count() * tiles.height, query = units * PARTS<T>;
   static thread_local std::vector<uint32_t> kept_queries, kept_keys, kept_values;
   static thread_local std::vector<float> kept_scores, kept_sums;
   static thread_local std::vector<S> nothing;

@@ -1,9 +1,9 @@
 // Activations to 8 bits, a scale for each row (token): symmetric, to the nearest, ties to even. Before that, each block
 // of 64 numbers is turned by a Hadamard matrix, as the weights were (`packing.py` says why).
 #pragma once
-#include "blocks.h"
 #include "low_rank.h"
 #include "parallel.h"
+#include "tiles.h"
 
 // 64 numbers times the orthonormal Hadamard matrix, in the stages' order of `packing.mixed`.
 inline void mix(Floats (&x)[4]) {
@@ -23,72 +23,93 @@ inline void mix(Floats (&x)[4]) {
   x[3] = (b - d) * eighth;
 }
 
-// q: units of four numbers, or their two parts, where `Blocks` (`blocks.h`, `tiles.h`) has them, of rows filled with
-// zeros up to `padded`; scale (rows,); and for each `group` of numbers `per_sum` times their sum, (rows, padded / group).
-// Where there is a `right`, `parts` (rows, RANK) are kept apart.
-template <int P, class T, class Blocks>
-inline void quantize_rows(const T* x, const Blocks& blocks, uint32_t* q, float* scale, int32_t* sums, int per_sum,
-                          const float* right, float* parts, int64_t inputs, int64_t padded, int64_t group,
-                          int64_t threads) {
-  parallel_for(blocks.rows, 4, blocks.rows >= 8 ? threads : 1, [&](int64_t row) {
-    static thread_local std::vector<float> kept;
-    float* mixed = scratch(kept, padded);
-    const T* from = x + row * inputs;
-    uint32_t* to = q + blocks.start(row, padded / 4 * P);
-    const int64_t step = blocks.step(row);
-    float* own = parts + row * RANK;
-    Floats less[RANK];
-    if (right) {
-      find_parts(from, right, inputs, own);
-      for (int k = 0; k < RANK; k++) less[k] = broadcast(-own[k]);
-    }
-    Floats most = broadcast(0.f);
-    for (int64_t i = 0; i < padded; i += 64) {
-      Floats block[4];
+// A row of whole numbers, filled with zeros up to `padded`, and its scale; for each `group` of numbers `per_sum` times
+// their sum. Where there is a `right`, its `parts` are kept apart.
+template <class T>
+inline float quantize_row(const T* x, int8_t* q, int32_t* sums, int per_sum, const float* right, float* parts,
+                          int64_t inputs, int64_t padded, int64_t group) {
+  static thread_local std::vector<float> kept;
+  float* mixed = scratch(kept, padded);
+  Floats less[RANK];
+  if (right) {
+    find_parts(x, right, inputs, parts);
+    for (int k = 0; k < RANK; k++) less[k] = broadcast(-parts[k]);
+  }
+  Floats most = broadcast(0.f);
+  for (int64_t i = 0; i < padded; i += 64) {
+    Floats block[4];
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; v++) {
-        block[v] = load(from + i + 16 * v, first(inputs - i - 16 * v));
-        if (right) block[v] = without(block[v], less, right, i + 16 * v);
-      }
-      mix(block);
+    for (int v = 0; v < 4; v++) {
+      block[v] = load(x + i + 16 * v, first(inputs - i - 16 * v));
+      if (right) block[v] = without(block[v], less, right, i + 16 * v);
+    }
+    mix(block);
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; v++) {
-        most = max(most, abs(block[v]));
-        store(mixed + i + 16 * v, block[v]);
-      }
+    for (int v = 0; v < 4; v++) {
+      most = max(most, abs(block[v]));
+      store(mixed + i + 16 * v, block[v]);
     }
-    const float largest = max_of(most);
-    scale[row] = largest / 127.f;
-    const Floats inverse = broadcast(largest > 0.f ? 127.f / largest : 0.f);
-    for (int64_t g = 0; g < padded; g += group) {
-      Ints sum = broadcast(0);
-      for (int64_t i = g; i < g + group; i += 16) {
-        const Ints whole = to_ints(load(mixed + i) * inverse);
-        sum = add(sum, whole);
-        const __m128i units = low_bytes(whole);
-        for (int p = 0; p < P; p++) {
-          // A part is two 16-bit numbers: the bytes in even places, or those in odd ones.
-          const __m128i four = P == 1 ? units : _mm_srai_epi16(p ? units : _mm_slli_epi16(units, 8), 8);
-          uint32_t* at = to + blocks.offset(row, i / 4 * P + p);
-          at[0] = _mm_extract_epi32(four, 0);
-          at[P * step] = _mm_extract_epi32(four, 1);
-          at[2 * P * step] = _mm_extract_epi32(four, 2);
-          at[3 * P * step] = _mm_extract_epi32(four, 3);
-        }
-      }
-      sums[row * (padded / group) + g / group] = per_sum * sum_of(sum);
+  }
+  const float largest = max_of(most);
+  const Floats inverse = broadcast(largest > 0.f ? 127.f / largest : 0.f);
+  for (int64_t g = 0; g < padded; g += group) {
+    Ints sum = broadcast(0);
+    for (int64_t i = g; i < g + group; i += 16) {
+      const Ints whole = to_ints(load(mixed + i) * inverse);
+      sum = add(sum, whole);
+      store_int8(q + i, whole, 0xffff);
     }
-  });
+    sums[g / group] = per_sum * sum_of(sum);
+  }
+  return largest / 127.f;
 }
 
-template <int P, class Blocks>
+// All rows, each to its place as `Blocks` (`blocks.h`, `tiles.h`) has it; scale (rows,), sums (rows, padded / group).
+template <class T, class Blocks>
 inline void quantize_rows(const void* x, bool narrow, const Blocks& blocks, uint32_t* q, float* scale, int32_t* sums,
                           int per_sum, const bfloat16* right, float* parts, int64_t inputs, int64_t padded,
                           int64_t group, int64_t threads) {
-  static thread_local std::vector<float> kept;
-  const float* directions = right ? widened(right, padded * RANK, scratch(kept, padded * RANK)) : nullptr;
-  auto run = [&](auto* typed) {
-    quantize_rows<P>(typed, blocks, q, scale, sums, per_sum, directions, parts, inputs, padded, group, threads);
-  };
-  narrow ? run(static_cast<const bfloat16*>(x)) : run(static_cast<const float*>(x));
+  static thread_local std::vector<float> kept_right;
+  const float* directions = right ? widened(right, padded * RANK, scratch(kept_right, padded * RANK)) : nullptr;
+  parallel_for(blocks.count(), 1, threads, [&](int64_t block) {
+    static thread_local std::vector<uint32_t> kept;
+    const int64_t row = block * blocks.height, units = padded / 4;
+    uint32_t* rows = scratch(kept, blocks.height * units);
+    for (int64_t r = 0; r < blocks.rows_in(row); r++) {
+      auto run = [&](auto* typed) {
+        return quantize_row(typed + (row + r) * inputs, reinterpret_cast<int8_t*>(rows + r * units),
+                            sums + (row + r) * (padded / group), per_sum, directions, parts + (row + r) * RANK, inputs,
+                            padded, group);
+      };
+      scale[row + r] = narrow ? run(static_cast<const bfloat16*>(x)) : run(static_cast<const float*>(x));
+    }
+    blocks.template place<T>(row, rows, units, units, q);
+  });
+}
+
+// A layer's results from whole sums: multiply(blocks, placed rows, panel, its weights, finish) is to multiply them. 128
+// was added to each, since VNNI takes its first factor unsigned; `corrections` take that back.
+template <class Multiply>
+inline void linear_of_whole(const void* x, const Panels& all, const float* scale, const bfloat16* right,
+                            const float* bias, void* out, int64_t rows, int64_t inputs, int64_t padded,
+                            int64_t features, int64_t threads, bool narrow_in, bool narrow_out, int64_t for_tiles,
+                            const Multiply& multiply) {
+  with_blocks(rows, for_tiles, [&](const auto& blocks) {
+    static thread_local std::vector<uint32_t> kept_q;
+    static thread_local std::vector<float> kept_scales, kept_parts;
+    static thread_local std::vector<int32_t> kept_corrections;
+    uint32_t* q = scratch(kept_q, blocks.template room<int8_t>(padded / 4));
+    float *scales = scratch(kept_scales, rows), *parts = scratch(kept_parts, rows * RANK);
+    int32_t* corrections = scratch(kept_corrections, rows);
+    quantize_rows<int8_t>(x, narrow_in, blocks, q, scales, corrections, -128, right, parts, inputs, padded, padded,
+                          threads);
+    const Results results{out, scale, bias, scales, parts, features, narrow_out};
+    const int64_t panels = (features + PANEL - 1) / PANEL;
+    parallel_for(panels, run_of(panels, threads), threads, [&](int64_t panel) {
+      multiply(blocks, q, panel, all.at(panel), [=, left = all.left(panel)](int64_t row, int64_t c, Ints sum) {
+        const Ints whole[] = {add(sum, broadcast(corrections[row]))};
+        results.finish(row, panel, c, left, whole);
+      });
+    });
+  });
 }

@@ -4,7 +4,7 @@
 // Its sums of int8 are those of VNNI to the bit, but its sums of bf16 are added in another order: so bf16 is computed
 // in one way or in the other, whatever the number of rows.
 #pragma once
-#include "vector.h"
+#include "panel.h"
 
 constexpr int64_t TILE_ROWS = 16, TILE_UNITS = 16;
 
@@ -16,12 +16,20 @@ struct TileRows {
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     height = (rows + tiles - 1) / tiles;
   }
-  int64_t tiles() const { return (rows + height - 1) / height; }
-  int64_t numbers(int64_t units) const { return tiles() * height * units; }
-  // Of a row's units: where the first is, where another is from there, and how far apart neighbours are.
-  int64_t start(int64_t row, int64_t units) const { return row / height * height * units + row % height * TILE_UNITS; }
-  int64_t offset(int64_t, int64_t unit) const { return unit / TILE_UNITS * height * TILE_UNITS + unit % TILE_UNITS; }
-  int64_t step(int64_t) const { return 1; }
+  int64_t count() const { return (rows + height - 1) / height; }
+  int64_t rows_in(int64_t first) const { return std::min(height, rows - first); }
+  // As `RowBlocks` has them.
+  template <class T>
+  int64_t room(int64_t units) const {
+    return count() * height * units;
+  }
+  template <class T>
+  void place(int64_t row, const uint32_t* from, int64_t units, int64_t padded, uint32_t* to) const {
+    to += row * padded;
+    for (int64_t u = 0; u < padded; u += TILE_UNITS)
+      for (int64_t r = 0; r < rows_in(row); r++)
+        store_ints(to + (u / TILE_UNITS * height + r) * TILE_UNITS, load_ints(from + r * units + u, first(units - u)));
+  }
 };
 
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__)
@@ -56,32 +64,11 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// Weights that memory is told of ahead of their time: loads of tiles alone would have it wait. Two tiles of rows at a time
-// are multiplied with a panel, and in each of these times an equal part of the next panel is asked for, so that memory
-// works all the time; where that is one time, what is so many bytes further on.
-class Ahead {
- public:
-  static constexpr int64_t BYTES = 8192;
-  Ahead(const void* panel, int64_t units, int64_t times)
-      : from_(static_cast<const char*>(panel) + (times > 1 ? units * UNIT_BYTES : BYTES)), units_(units), times_(times) {}
-  // For 16 units of the panel, in one of the times.
-  void operator()(int64_t time, int64_t unit) const {
-    const char* at = from_ + (time * units_ + unit) * UNIT_BYTES / times_;
-    for (int64_t byte = 0; byte < TILE_UNITS * UNIT_BYTES / times_; byte += 64)
-      times_ > 1 ? _mm_prefetch(at + byte, _MM_HINT_T1) : _mm_prefetch(at + byte, _MM_HINT_T0);
-  }
-
- private:
-  static constexpr int64_t UNIT_BYTES = PANEL * 4;
-  const char* from_;
-  int64_t units_, times_;
-};
-
-// sums (1 or 2 tiles of rows, 32 features) = rows times a panel of weights, which are W: bfloat16, as the rows are, or
-// signed or unsigned bytes, with signed ones in rows.
-template <class W, bool TWO>
+// sums (1 or 2 tiles of rows, 32 features) = rows times a panel of weights: both bf16, or signed bytes times unsigned
+// ones.
+template <class T, bool TWO>
 inline void multiply_tiles(const uint32_t* rows, int64_t height, const void* panel, int64_t units, void* sums,
-                           const Ahead& ahead, int64_t time) {
+                           const Ahead<_MM_HINT_T0>& ahead, int64_t step) {
   const auto* w = static_cast<const uint8_t*>(panel);
   const auto *a = reinterpret_cast<const uint8_t*>(rows), *b = a + height * units * 4;
   asm volatile("" : : : "memory");  // the loads below say nothing of what they read
@@ -92,24 +79,17 @@ inline void multiply_tiles(const uint32_t* rows, int64_t height, const void* pan
     _tile_zero(3);
   }
   for (int64_t u = 0; u < units; u += TILE_UNITS) {
-    ahead(time, u);
+    ahead(step + u / TILE_UNITS);
     _tile_loadd(6, w + u * PANEL * 4, PANEL * 4);
     _tile_loadd(7, w + u * PANEL * 4 + 64, PANEL * 4);
     _tile_loadd(4, a + u * height * 4, 64);
     if constexpr (TWO) _tile_loadd(5, b + u * height * 4, 64);
-    if constexpr (std::is_same_v<W, bfloat16>) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       if constexpr (TWO) {
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-      }
-    } else if constexpr (std::is_same_v<W, int8_t>) {
-      _tile_dpbssd(0, 4, 6);
-      _tile_dpbssd(1, 4, 7);
-      if constexpr (TWO) {
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
       }
     } else {
       _tile_dpbsud(0, 4, 6);
@@ -130,23 +110,40 @@ inline void multiply_tiles(const uint32_t* rows, int64_t height, const void* pan
   asm volatile("" : : : "memory");
 }
 
-// finish(row, sums of its 32 features) for each row of `placed` times a panel.
-template <class W, class Finish>
+// finish(row, column, its 16 sums) for each row of `placed` times a panel, which `bytes` of `weights` were made into.
+template <class T, class Finish>
 inline void multiply_panel(const TileRows& tiles, const uint32_t* placed, const void* panel, int64_t units,
-                           const Finish& finish) {
-  alignas(64) std::conditional_t<std::is_same_v<W, bfloat16>, float, int32_t> sums[2 * TILE_ROWS * PANEL];
+                           const void* weights, int64_t bytes, const Finish& finish) {
+  alignas(64) uint32_t sums[2 * TILE_ROWS * PANEL];
   const Tiles held(tiles.height);
   const int64_t both = 2 * tiles.height, times = (tiles.rows + both - 1) / both;
-  const Ahead ahead(panel, units, times);
+  const int64_t steps = units / TILE_UNITS;
+  const Ahead<_MM_HINT_T0> ahead(weights, bytes, times, steps);
   for (int64_t time = 0; time < times; time++) {
     const int64_t row = time * both, end = std::min(tiles.rows, row + both);
     if (row + tiles.height < tiles.rows)
-      multiply_tiles<W, true>(placed + row * units, tiles.height, panel, units, sums, ahead, time);
+      multiply_tiles<T, true>(placed + row * units, tiles.height, panel, units, sums, ahead, time * steps);
     else
-      multiply_tiles<W, false>(placed + row * units, tiles.height, panel, units, sums, ahead, time);
-    for (int64_t r = row; r < end; r++) finish(r, sums + (r - row) * PANEL);
+      multiply_tiles<T, false>(placed + row * units, tiles.height, panel, units, sums, ahead, time * steps);
+    for (int64_t r = row; r < end; r++)
+      for (int64_t c = 0; c < PANEL; c += 16) {
+        const Ints bits = load_ints(sums + (r - row) * PANEL + c);
+        if constexpr (std::is_same_v<T, bfloat16>)
+          finish(r, c, as_floats(bits));
+        else
+          finish(r, c, bits);
+      }
   }
 }
 #else
 inline bool have_tiles() { return false; }
 #endif
+
+// body(how rows are placed): in tiles from so many rows on, where there are tiles.
+template <class Body>
+inline void with_blocks(int64_t rows, int64_t for_tiles, const Body& body) {
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+  if (rows >= for_tiles && have_tiles()) return body(TileRows(rows));
+#endif
+  body(RowBlocks(rows));
+}

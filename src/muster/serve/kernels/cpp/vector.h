@@ -38,6 +38,13 @@ inline __attribute__((always_inline)) Ints part(Ints units, int p) {
   return units;
 }
 
+// The same of a first factor's units, which are signed where they are whole numbers.
+template <class T>
+inline Ints first_part(Ints units, int p) {
+  if constexpr (PARTS<T> == 2 && std::is_same_v<T, int8_t>) return p ? odd_signed(units) : even_signed(units);
+  return part<T>(units, p);
+}
+
 // `count` units of a first factor in parts, `step` apart.
 template <class T>
 inline void take_apart(const uint32_t* units, uint32_t* to, int64_t count, int64_t step) {

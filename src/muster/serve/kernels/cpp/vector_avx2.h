@@ -87,6 +87,7 @@ inline void store(float* to, Floats x, Lanes lanes) {
   _mm256_maskstore_ps(to, mask.low, x.low);
   _mm256_maskstore_ps(to + 8, mask.high, x.high);
 }
+inline void store_ints(void* to, Ints x, Lanes lanes) { store(static_cast<float*>(to), as_floats(x), lanes); }
 inline __m128i low_bytes(Ints x) {
   const __m256i low = bit_and(x, _mm256_set1_epi32(255)).low, high = bit_and(x, _mm256_set1_epi32(255)).high;
   const __m256i words = _mm256_packus_epi32(low, high);  // by halves of registers: 0-3 8-11, 4-7 12-15
@@ -206,6 +207,8 @@ inline Ints high_nibbles(Ints bytes) {
 }
 inline Ints even_bytes(Ints x) { return bit_and(x, _mm256_set1_epi16(0xff)); }
 inline Ints odd_bytes(Ints x) { return {_mm256_srli_epi16(x.low, 8), _mm256_srli_epi16(x.high, 8)}; }
+inline Ints odd_signed(Ints x) { return {_mm256_srai_epi16(x.low, 8), _mm256_srai_epi16(x.high, 8)}; }
+inline Ints even_signed(Ints x) { return odd_signed({_mm256_slli_epi16(x.low, 8), _mm256_slli_epi16(x.high, 8)}); }
 inline Ints high_half(Ints x) { return bit_and(x, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000))); }
 
 #ifdef __AVXVNNI__
@@ -216,8 +219,8 @@ inline __attribute__((always_inline)) Ints multiply_add(Ints sum, Ints a, Ints b
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum.high) : "x"(a.high), "x"(b.high));
   return sum;
 }
-// The same where a is at most 15, for sums of 32 products that begin with `nibble_sum` and end with `full_sum`.
-inline Ints nibble_sum(int32_t begin) { return broadcast(begin); }
+// The same where a is at most 15, for sums of 32 products that begin with `nibble_begin` and end with `full_sum`.
+inline int32_t nibble_begin(int32_t begin) { return begin; }
 inline __attribute__((always_inline)) Ints multiply_add_nibbles(Ints sum, Ints a, Ints b) {
   return multiply_add(sum, a, b);
 }
@@ -234,7 +237,7 @@ inline __attribute__((always_inline)) Ints multiply_add(Ints sum, Ints a, Ints b
 // For unsigned a up to 15 it does. Sums of 32 products a * b that begin with -8 times the sum of b stay within 16 bits
 // also where all of the beginning is in one of a lane's two: 16 times 7 * 127 and 16 times 8 * 127 are 30480, and
 // 32 times -8 * 127 is -32512. What is between may wrap around.
-inline Ints nibble_sum(int32_t begin) { return broadcast(begin & 0xffff); }
+inline int32_t nibble_begin(int32_t begin) { return begin & 0xffff; }
 inline __attribute__((always_inline)) Ints multiply_add_nibbles(Ints sum, Ints a, Ints b) {
   return {_mm256_add_epi16(sum.low, _mm256_maddubs_epi16(a.low, b.low)),
           _mm256_add_epi16(sum.high, _mm256_maddubs_epi16(a.high, b.high))};
@@ -244,6 +247,11 @@ inline Ints full_sum(Ints nibble_sum) {
   return {_mm256_madd_epi16(nibble_sum.low, one), _mm256_madd_epi16(nibble_sum.high, one)};
 }
 #endif
+
+inline Ints multiply_16(Ints a, Ints b) {
+  return {_mm256_mullo_epi16(a.low, b.low), _mm256_mullo_epi16(a.high, b.high)};
+}
+inline Ints subtract_8(Ints a, Ints b) { return {_mm256_sub_epi8(a.low, b.low), _mm256_sub_epi8(a.high, b.high)}; }
 
 // 16-bit numbers: 32 int8 made wider, a lane's halves from two vectors, and sum + the two products of each lane.
 inline Ints load_pairs(const int8_t* from) {
@@ -270,7 +278,7 @@ inline Floats sum_and_difference(Floats x) {
       if constexpr (APART == 2) other = _mm256_permute_ps(x, 0b01'00'11'10);
       if constexpr (APART == 4) other = _mm256_permute2f128_ps(x, x, 1);
       constexpr int SECOND = APART == 1 ? 0xaa : APART == 2 ? 0xcc : 0xf0;
-      return _mm256_blend_ps(_mm256_add_ps(other, x), _mm256_sub_ps(other, x), SECOND);
+      return _mm256_fmadd_ps(x, _mm256_blend_ps(_mm256_set1_ps(1.f), _mm256_set1_ps(-1.f), SECOND), other);
     };
     return {half(x.low), half(x.high)};
   }

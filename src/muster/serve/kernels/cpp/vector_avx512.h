@@ -35,6 +35,7 @@ inline Ints load_int8(const void* from, Lanes lanes) {
 inline void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
 inline void store(float* to, Floats x, Lanes lanes) { _mm512_mask_storeu_ps(to, lanes, x); }
 inline void store_ints(void* to, Ints x) { _mm512_storeu_si512(to, x); }
+inline void store_ints(void* to, Ints x, Lanes lanes) { _mm512_mask_storeu_epi32(to, lanes, x); }
 inline __m128i low_bytes(Ints x) { return _mm512_cvtepi32_epi8(x); }
 inline void store_int8(int8_t* to, Ints x, Lanes lanes) { _mm_mask_storeu_epi8(to, lanes, low_bytes(x)); }
 
@@ -105,8 +106,8 @@ inline __attribute__((always_inline)) Floats multiply_add(Floats sum, Ints a, In
   return sum;
 }
 
-// The same where a is at most 15, for sums of 32 products that begin with `nibble_sum` and end with `full_sum`.
-inline Ints nibble_sum(int32_t begin) { return broadcast(begin); }
+// The same where a is at most 15, for sums of 32 products that begin with `nibble_begin` and end with `full_sum`.
+inline int32_t nibble_begin(int32_t begin) { return begin; }
 inline __attribute__((always_inline)) Ints multiply_add_nibbles(Ints sum, Ints a, Ints b) {
   return multiply_add(sum, a, b);
 }
@@ -116,7 +117,12 @@ inline Ints low_nibbles(Ints bytes) { return _mm512_and_si512(bytes, _mm512_set1
 inline Ints high_nibbles(Ints bytes) { return low_nibbles(_mm512_srli_epi16(bytes, 4)); }
 inline Ints even_bytes(Ints x) { return _mm512_and_si512(x, _mm512_set1_epi16(0xff)); }
 inline Ints odd_bytes(Ints x) { return _mm512_srli_epi16(x, 8); }
+inline Ints odd_signed(Ints x) { return _mm512_srai_epi16(x, 8); }
+inline Ints even_signed(Ints x) { return odd_signed(_mm512_slli_epi16(x, 8)); }
 inline Ints high_half(Ints x) { return _mm512_and_si512(x, broadcast(static_cast<int32_t>(0xffff0000))); }
+
+inline Ints multiply_16(Ints a, Ints b) { return _mm512_mullo_epi16(a, b); }
+inline Ints subtract_8(Ints a, Ints b) { return _mm512_sub_epi8(a, b); }
 
 // 16-bit numbers: 32 int8 made wider, a lane's halves from two vectors, and sum + the two products of each lane.
 inline Ints load_pairs(const int8_t* from) {
@@ -134,7 +140,7 @@ inline Floats sum_and_difference(Floats x) {
   if constexpr (APART == 4) other = _mm512_shuffle_f32x4(x, x, 0b10'11'00'01);
   if constexpr (APART == 8) other = _mm512_shuffle_f32x4(x, x, 0b01'00'11'10);
   constexpr Lanes second = APART == 1 ? 0xaaaa : APART == 2 ? 0xcccc : APART == 4 ? 0xf0f0 : 0xff00;
-  return _mm512_mask_sub_ps(other + x, second, other, x);
+  return _mm512_fmadd_ps(x, _mm512_mask_blend_ps(second, broadcast(1.f), broadcast(-1.f)), other);
 }
 
 // A 16 x 16 matrix of units, by halves of ever larger size.

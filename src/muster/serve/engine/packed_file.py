@@ -26,7 +26,7 @@ from muster.model.spec import TransformerSpec
 from muster.serve.engine.packed import PackedModel, pack_model
 from muster.serve.engine.packed_bytes import PackedBytes, checksum, packed_path, read_bytes
 from muster.serve.engine.part import Part
-from muster.serve.kernels.packing import LAYOUT, Format, Weights
+from muster.serve.kernels.packing import LAYOUT, TENSORS, Format, Weights
 
 _ALIGNED = 64
 _DTYPES = {
@@ -135,7 +135,7 @@ def read_packed(path: Path, source: str | None = None, read: Read = read_bytes) 
     linears = {
         name: Weights(
             format=format, features=features, inputs=inputs, packed=True, weight=tensors.pop(f"{name}.weight"),
-            **{part: tensors.pop(f"{name}.{part}", None) for part in ("scale", "factor", "bias")},
+            **{part: tensors.pop(f"{name}.{part}", None) for part in TENSORS if part != "weight"},
         )
         for name, (format, features, inputs) in about["linears"].items()
     }  # fmt: skip

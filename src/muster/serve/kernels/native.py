@@ -21,8 +21,8 @@ from muster.serve.kernels.stack import NativeStack
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _SIGNATURES = {
     "linear_float": [_P] * 4 + [_I] * 7,
-    "linear_int8": [_P] * 5 + [_I] * 7,
-    "linear_int4": [_P] * 6 + [_I] * 7,
+    "linear_int8": [_P] * 6 + [_I] * 7,
+    "linear_int4": [_P] * 7 + [_I] * 7,
     "add_norm": [_P] * 4 + [_I] * 2 + [_D] + [_I] * 2,
     "swiglu": [_P] * 2 + [_I] * 4,
     "rotate_store": [_P] * 5 + [_D] + [_P] * 3 + [_I] * 8,
@@ -60,7 +60,7 @@ class NativeLinear:
         assert all(tensor.is_contiguous() for tensor in self.weights.tensors().values())
         w = self.weights
         self._pointers = [pointer(t) for t in (w.weight, w.scale, w.bias)]
-        self._padded, self._factor = w.padded, pointer(w.factor)
+        self._padded, self._factor, self._right = w.padded, pointer(w.factor), pointer(w.right)
         self._narrow_out = int(out == torch.bfloat16)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -71,13 +71,13 @@ class NativeLinear:
         narrow_out, rows = self._narrow_out, x.shape[0]
         if w.format == "int8":
             self._library.linear_int8(
-                x.data_ptr(), weight, scale, bias, out.data_ptr(), rows, w.inputs, self._padded, w.features,
-                threads, narrow, narrow_out,
+                x.data_ptr(), weight, scale, self._right, bias, out.data_ptr(), rows, w.inputs, self._padded,
+                w.features, threads, narrow, narrow_out,
             )  # fmt: skip
         elif w.format == "int4":
             self._library.linear_int4(
-                x.data_ptr(), weight, self._factor, scale, bias, out.data_ptr(), rows, w.inputs, self._padded,
-                w.features, threads, narrow, narrow_out,
+                x.data_ptr(), weight, self._factor, scale, self._right, bias, out.data_ptr(), rows, w.inputs,
+                self._padded, w.features, threads, narrow, narrow_out,
             )  # fmt: skip
         else:
             if x.dtype != w.weight.dtype:

@@ -26,18 +26,27 @@ class ReferenceLinear:
         plain = unpack(weights)
         self._rounds = plain.format in ("int8", "int4")
         self._weight = stored_floats(plain).to(device, compute)
+        self._right, self._left = (
+            None if part is None else part.to(device, torch.float32) for part in (plain.right, plain.left)
+        )
         self._bias = None if plain.bias is None else plain.bias.to(device)
         self._out = out
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._rounds:
-            whole, scale = round_rows(mixed(x))
-            product = F.linear(whole.to(self._weight.dtype), self._weight).float() * scale
-        else:
+        if not self._rounds:
             product = F.linear(x, self._weight)
+        elif self._right is None or self._left is None:
+            product = self._rounded(x)
+        else:
+            parts = F.linear(x.float(), self._right)  # (N, R)
+            product = self._rounded(x - parts @ self._right) + F.linear(parts, self._left)
         if self._bias is not None:
             product = product.float() + self._bias
         return product.to(self._out)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        whole, scale = round_rows(mixed(x))
+        return F.linear(whole.to(self._weight.dtype), self._weight).float() * scale
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,8 @@ _FEWEST_POSITIONS = 1024
 
 class _Linear(ctypes.Structure):
     _fields_ = (
-        ("format", _I), ("weight", _P), ("factor", _P), ("scale", _P), ("bias", _P), ("inputs", _I),
-        ("padded", _I), ("features", _I),
+        ("format", _I), ("weight", _P), ("factor", _P), ("scale", _P), ("right", _P), ("bias", _P),
+        ("inputs", _I), ("padded", _I), ("features", _I),
     )  # fmt: skip
 
 
@@ -180,5 +180,6 @@ class NativeStack:
             raise TypeError(f"activations are {self._compute}, but the weights are {weights.weight.dtype}")
         return _Linear(
             _FORMATS[weights.format], pointer(weights.weight), pointer(weights.factor), pointer(weights.scale),
-            pointer(weights.bias), weights.inputs, weights.padded, weights.features,
+            pointer(weights.right), pointer(weights.bias), weights.inputs, weights.padded,
+            weights.features,
         )  # fmt: skip

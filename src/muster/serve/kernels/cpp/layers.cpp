@@ -16,16 +16,19 @@ struct Linear {
   int64_t format;
   const void* weight;
   const int8_t* factor;
-  const float *scale, *bias;
+  const float* scale;
+  const bfloat16* right;
+  const float* bias;
   int64_t inputs, padded, features;
 
   void operator()(const void* x, void* out, int64_t rows, int64_t threads, int64_t narrow, int64_t narrow_out) const {
     const auto* bytes = static_cast<const uint8_t*>(weight);
     if (format == INT8)
-      muster_linear_int8(x, bytes, scale, bias, out, rows, inputs, padded, features, threads, narrow, narrow_out);
-    else if (format == INT4)
-      muster_linear_int4(x, bytes, factor, scale, bias, out, rows, inputs, padded, features, threads, narrow,
+      muster_linear_int8(x, bytes, scale, right, bias, out, rows, inputs, padded, features, threads, narrow,
                          narrow_out);
+    else if (format == INT4)
+      muster_linear_int4(x, bytes, factor, scale, right, bias, out, rows, inputs, padded, features, threads,
+                         narrow, narrow_out);
     else
       muster_linear_float(x, static_cast<const uint32_t*>(weight), bias, out, rows, inputs / (narrow ? 2 : 1),
                           padded / (narrow ? 2 : 1), features, threads, narrow, narrow_out);

@@ -31,25 +31,28 @@ static void expand(const uint8_t* panel, const int8_t* factor, int64_t padded, u
 }
 
 // The same without numbers of the int8 layer: those of 4 bits are summed up, and only a group's sum is multiplied.
-static void linear_of_nibbles(const void* x, const uint8_t* weight, const int8_t* factor, const float* scale,
-                              const float* bias, void* out, int64_t rows, int64_t inputs, int64_t padded,
-                              int64_t features, int64_t threads, bool narrow_in, bool narrow_out) {
+static void linear_of_nibbles(const void* x, const Panels& all, const int8_t* factor, const float* scale,
+                              const bfloat16* right, const float* bias, void* out, int64_t rows, int64_t inputs,
+                              int64_t padded, int64_t features, int64_t threads, bool narrow_in, bool narrow_out) {
   static thread_local std::vector<uint32_t> kept_q;
-  static thread_local std::vector<float> kept_scales;
+  static thread_local std::vector<float> kept_scales, kept_parts;
   static thread_local std::vector<int32_t> kept_sums, kept_begin;
   const int64_t groups = padded / GROUP, panels = (features + PANEL - 1) / PANEL;
   const RowBlocks blocks(rows, MOST_ROWS_INT4);
   uint32_t* q = scratch(kept_q, rows * padded / 4);
-  float* scales = scratch(kept_scales, rows);
+  float *scales = scratch(kept_scales, rows), *parts = scratch(kept_parts, rows * RANK);
   // Of each group, the sum of its activations and what its products' sum begins with.
   int32_t *activations = scratch(kept_sums, rows * groups), *begin = scratch(kept_begin, rows * groups);
-  quantize_rows<uint32_t>(x, narrow_in, blocks, q, scales, activations, 1, inputs, padded, GROUP, threads);
+  quantize_rows<uint32_t>(x, narrow_in, blocks, q, scales, activations, 1, right, parts, inputs, padded, GROUP,
+                          threads);
+  const Results results{out, scale, bias, scales, parts, features, narrow_out};
   for (int64_t i = 0; i < rows * groups; i++) {
     begin[i] = nibble_begin(-8 * activations[i]);
     activations[i] <<= 16;
   }
   parallel_for(panels, run_of(panels, threads), threads, [&](int64_t panel) {
-    const uint8_t* w = weight + panel * padded * (PANEL / 2);
+    const uint8_t* w = all.at(panel);
+    const bfloat16* left = all.left(panel);
     const int8_t* f = factor + panel * groups * 2 * PANEL;
     for (int64_t row = 0; row < rows; row += blocks.height)
       with_count<MOST_ROWS_INT4>(blocks.rows_in(row), [&]<int ROWS>() {
@@ -103,10 +106,10 @@ static void linear_of_nibbles(const void* x, const uint8_t* weight, const int8_t
           }
 #pragma GCC unroll 2
           for (int v = 0; v < WIDE; v++) {
-            const int64_t c = panel * PANEL + from + 16 * v;
+            Ints column[ROWS];
 #pragma GCC unroll 16
-            for (int r = 0; r < ROWS; r++)
-              finish(out, (row + r) * features + c, sums[r][v], scales[row + r], scale, bias, c, features, narrow_out);
+            for (int r = 0; r < ROWS; r++) column[r] = sums[r][v];
+            results.finish(row, panel, from + 16 * v, left, column);
           }
         }
       });
@@ -114,16 +117,17 @@ static void linear_of_nibbles(const void* x, const uint8_t* weight, const int8_t
 }
 
 extern "C" void muster_linear_int4(const void* x, const uint8_t* weight, const int8_t* factor, const float* scale,
-                                   const float* bias, void* out, int64_t rows, int64_t inputs, int64_t padded,
-                                   int64_t features, int64_t threads, int64_t narrow_in, int64_t narrow_out) {
+                                   const bfloat16* right, const float* bias, void* out, int64_t rows, int64_t inputs,
+                                   int64_t padded, int64_t features, int64_t threads, int64_t narrow_in,
+                                   int64_t narrow_out) {
+  const Panels all{weight, padded * (PANEL / 2), right != nullptr};
   if (PARTS<int8_t> > 1 || rows < for_whole())
-    return linear_of_nibbles(x, weight, factor, scale, bias, out, rows, inputs, padded, features, threads, narrow_in,
-                             narrow_out);
-  linear_of_whole(x, scale, bias, out, rows, inputs, padded, features, threads, narrow_in, narrow_out, 1,
-                  [&](const auto& blocks, const uint32_t* q, int64_t panel, const auto& finish) {
+    return linear_of_nibbles(x, all, factor, scale, right, bias, out, rows, inputs, padded, features, threads,
+                             narrow_in, narrow_out);
+  linear_of_whole(x, all, scale, right, bias, out, rows, inputs, padded, features, threads, narrow_in, narrow_out, 1,
+                  [&](const auto& blocks, const uint32_t* q, int64_t panel, const uint8_t* w, const auto& finish) {
     static thread_local std::vector<uint8_t> kept;
     uint8_t* whole = scratch(kept, padded * PANEL);
-    const uint8_t* w = weight + panel * padded * (PANEL / 2);
     expand(w, factor + panel * padded / GROUP * 2 * PANEL, padded, whole);
     multiply_panel<int8_t>(blocks, q, whole, padded / 4, w, padded * PANEL / 2, finish);
   });

@@ -6,12 +6,12 @@ extern "C" {
 void muster_linear_float(const void* x, const uint32_t* weight, const float* bias, void* out, int64_t rows,
                          int64_t units, int64_t padded, int64_t features, int64_t threads, int64_t narrow_in,
                          int64_t narrow_out);
-void muster_linear_int8(const void* x, const uint8_t* weight, const float* scale, const float* bias, void* out,
-                        int64_t rows, int64_t inputs, int64_t padded, int64_t features, int64_t threads,
-                        int64_t narrow_in, int64_t narrow_out);
-void muster_linear_int4(const void* x, const uint8_t* weight, const int8_t* factor, const float* scale,
+void muster_linear_int8(const void* x, const uint8_t* weight, const float* scale, const bfloat16* right,
                         const float* bias, void* out, int64_t rows, int64_t inputs, int64_t padded, int64_t features,
                         int64_t threads, int64_t narrow_in, int64_t narrow_out);
+void muster_linear_int4(const void* x, const uint8_t* weight, const int8_t* factor, const float* scale,
+                        const bfloat16* right, const float* bias, void* out, int64_t rows, int64_t inputs,
+                        int64_t padded, int64_t features, int64_t threads, int64_t narrow_in, int64_t narrow_out);
 void muster_add_norm(void* x, const void* residual, const float* weight, void* out, int64_t rows, int64_t width,
                      double eps, int64_t threads, int64_t narrow);
 void muster_swiglu(const void* gate_up, void* out, int64_t rows, int64_t width, int64_t threads, int64_t narrow);

@@ -1,6 +1,7 @@
 // Activations to 8 bits, a scale for each row (token): symmetric, to the nearest, ties to even. Before that, each block
 // of 64 numbers is turned by a Hadamard matrix, as the weights were (`packing.py` says why).
 #pragma once
+#include "low_rank.h"
 #include "parallel.h"
 #include "tiles.h"
 
@@ -23,17 +24,25 @@ inline void mix(Floats (&x)[4]) {
 }
 
 // A row of whole numbers, filled with zeros up to `padded`, and its scale; for each `group` of numbers `per_sum` times
-// their sum.
+// their sum. Where there is a `right`, its `parts` are kept apart.
 template <class T>
-inline float quantize_row(const T* x, int8_t* q, int32_t* sums, int per_sum, int64_t inputs, int64_t padded,
-                          int64_t group) {
+inline float quantize_row(const T* x, int8_t* q, int32_t* sums, int per_sum, const float* right, float* parts,
+                          int64_t inputs, int64_t padded, int64_t group) {
   static thread_local std::vector<float> kept;
   float* mixed = scratch(kept, padded);
+  Floats less[RANK];
+  if (right) {
+    find_parts(x, right, inputs, parts);
+    for (int k = 0; k < RANK; k++) less[k] = broadcast(-parts[k]);
+  }
   Floats most = broadcast(0.f);
   for (int64_t i = 0; i < padded; i += 64) {
     Floats block[4];
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) block[v] = load(x + i + 16 * v, first(inputs - i - 16 * v));
+    for (int v = 0; v < 4; v++) {
+      block[v] = load(x + i + 16 * v, first(inputs - i - 16 * v));
+      if (right) block[v] = without(block[v], less, right, i + 16 * v);
+    }
     mix(block);
 #pragma GCC unroll 4
     for (int v = 0; v < 4; v++) {
@@ -58,7 +67,10 @@ inline float quantize_row(const T* x, int8_t* q, int32_t* sums, int per_sum, int
 // All rows, each to its place as `Blocks` (`blocks.h`, `tiles.h`) has it; scale (rows,), sums (rows, padded / group).
 template <class T, class Blocks>
 inline void quantize_rows(const void* x, bool narrow, const Blocks& blocks, uint32_t* q, float* scale, int32_t* sums,
-                          int per_sum, int64_t inputs, int64_t padded, int64_t group, int64_t threads) {
+                          int per_sum, const bfloat16* right, float* parts, int64_t inputs, int64_t padded,
+                          int64_t group, int64_t threads) {
+  static thread_local std::vector<float> kept_right;
+  const float* directions = right ? widened(right, padded * RANK, scratch(kept_right, padded * RANK)) : nullptr;
   parallel_for(blocks.count(), 1, threads, [&](int64_t block) {
     static thread_local std::vector<uint32_t> kept;
     const int64_t row = block * blocks.height, units = padded / 4;
@@ -66,7 +78,8 @@ inline void quantize_rows(const void* x, bool narrow, const Blocks& blocks, uint
     for (int64_t r = 0; r < blocks.rows_in(row); r++) {
       auto run = [&](auto* typed) {
         return quantize_row(typed + (row + r) * inputs, reinterpret_cast<int8_t*>(rows + r * units),
-                            sums + (row + r) * (padded / group), per_sum, inputs, padded, group);
+                            sums + (row + r) * (padded / group), per_sum, directions, parts + (row + r) * RANK, inputs,
+                            padded, group);
       };
       scale[row + r] = narrow ? run(static_cast<const bfloat16*>(x)) : run(static_cast<const float*>(x));
     }
@@ -74,33 +87,28 @@ inline void quantize_rows(const void* x, bool narrow, const Blocks& blocks, uint
   });
 }
 
-// Whole sums of a row and 16 features as the layer's results.
-inline void finish(void* out, int64_t index, Ints whole, float row_scale, const float* scale, const float* bias,
-                   int64_t column, int64_t features, bool narrow) {
-  const Floats plus = bias ? load(bias + column) : broadcast(0.f);
-  store(out, index, fmadd(to_floats(whole), broadcast(row_scale) * load(scale + column), plus),
-        first(features - column), narrow);
-}
-
-// A layer of int8 numbers: multiply(blocks, placed rows, panel, finish) is to multiply the weights, to which
-// 128 was added, since VNNI takes its first factor unsigned. `corrections` take that back.
+// A layer's results from whole sums: multiply(blocks, placed rows, panel, its weights, finish) is to multiply them. 128
+// was added to each, since VNNI takes its first factor unsigned; `corrections` take that back.
 template <class Multiply>
-inline void linear_of_whole(const void* x, const float* scale, const float* bias, void* out, int64_t rows,
-                            int64_t inputs, int64_t padded, int64_t features, int64_t threads, bool narrow_in,
-                            bool narrow_out, int64_t for_tiles, const Multiply& multiply) {
+inline void linear_of_whole(const void* x, const Panels& all, const float* scale, const bfloat16* right,
+                            const float* bias, void* out, int64_t rows, int64_t inputs, int64_t padded,
+                            int64_t features, int64_t threads, bool narrow_in, bool narrow_out, int64_t for_tiles,
+                            const Multiply& multiply) {
   with_blocks(rows, for_tiles, [&](const auto& blocks) {
     static thread_local std::vector<uint32_t> kept_q;
-    static thread_local std::vector<float> kept_scales;
+    static thread_local std::vector<float> kept_scales, kept_parts;
     static thread_local std::vector<int32_t> kept_corrections;
     uint32_t* q = scratch(kept_q, blocks.template room<int8_t>(padded / 4));
-    float* scales = scratch(kept_scales, rows);
+    float *scales = scratch(kept_scales, rows), *parts = scratch(kept_parts, rows * RANK);
     int32_t* corrections = scratch(kept_corrections, rows);
-    quantize_rows<int8_t>(x, narrow_in, blocks, q, scales, corrections, -128, inputs, padded, padded, threads);
+    quantize_rows<int8_t>(x, narrow_in, blocks, q, scales, corrections, -128, right, parts, inputs, padded, padded,
+                          threads);
+    const Results results{out, scale, bias, scales, parts, features, narrow_out};
     const int64_t panels = (features + PANEL - 1) / PANEL;
     parallel_for(panels, run_of(panels, threads), threads, [&](int64_t panel) {
-      multiply(blocks, q, panel, [=, from = panel * PANEL](int64_t row, int64_t c, Ints sum) {
-        finish(out, row * features + from + c, add(sum, broadcast(corrections[row])), scales[row], scale, bias,
-               from + c, features, narrow_out);
+      multiply(blocks, q, panel, all.at(panel), [=, left = all.left(panel)](int64_t row, int64_t c, Ints sum) {
+        const Ints whole[] = {add(sum, broadcast(corrections[row]))};
+        results.finish(row, panel, c, left, whole);
       });
     });
   });

@@ -95,7 +95,7 @@ def test_rows_do_not_depend_on_their_neighbours(each_library: ctypes.CDLL, forma
     )
     x = torch.randn(67, 330).to(dtype)
     alone = torch.cat([linear(row[None]) for row in x])
-    for rows in (2, 5, 12, 13, 31, 67):
+    for rows in (0, 2, 5, 12, 13, 31, 67):
         for start in (0, 67 - rows):
             assert torch.equal(linear(x[start : start + rows]), alone[start : start + rows])
 

@@ -26,6 +26,7 @@ static void linear(const Blocks& blocks, const void* x, const uint32_t* weight, 
 extern "C" void muster_linear_float(const void* x, const uint32_t* weight, const float* bias, void* out, int64_t rows,
                                     int64_t units, int64_t padded, int64_t features, int64_t threads,
                                     int64_t narrow_in, int64_t narrow_out) {
+  if (rows == 0) return;
   auto run = [&]<class T>(const auto& blocks) {
     linear<T>(blocks, x, weight, bias, out, units, padded, features, threads, narrow_out);
   };

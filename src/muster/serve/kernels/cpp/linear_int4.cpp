@@ -120,6 +120,7 @@ extern "C" void muster_linear_int4(const void* x, const uint8_t* weight, const i
                                    const bfloat16* right, const float* bias, void* out, int64_t rows, int64_t inputs,
                                    int64_t padded, int64_t features, int64_t threads, int64_t narrow_in,
                                    int64_t narrow_out) {
+  if (rows == 0) return;
   const Panels all{weight, padded * (PANEL / 2), right != nullptr};
   if (PARTS<int8_t> > 1 || rows < for_whole())
     return linear_of_nibbles(x, all, factor, scale, right, bias, out, rows, inputs, padded, features, threads,

@@ -10,6 +10,7 @@ constexpr int64_t FOR_TILES = 8;
 extern "C" void muster_linear_int8(const void* x, const uint8_t* weight, const float* scale, const bfloat16* right,
                                    const float* bias, void* out, int64_t rows, int64_t inputs, int64_t padded,
                                    int64_t features, int64_t threads, int64_t narrow_in, int64_t narrow_out) {
+  if (rows == 0) return;
   const Panels all{weight, padded * PANEL, right != nullptr};
   linear_of_whole(x, all, scale, right, bias, out, rows, inputs, padded, features, threads, narrow_in, narrow_out,
                   FOR_TILES, [&](const auto& blocks, const uint32_t* q, int64_t, const uint8_t* w, const auto& finish) {

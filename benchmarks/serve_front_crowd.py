@@ -26,7 +26,7 @@ PICTURE = Path(__file__).parent / "results" / "serve_overload.svg"
 
 def measure_overload(folder: Path, short: bool) -> dict[str, Any]:
     seconds = 3 if short else 30
-    model = tiny(folder.parent / "busy" / folder.name, layers=4, width=256)
+    model = tiny(folder.parent / "busy" / folder.name, layers=8, width=512)
     with serving(model, "--streams", "8", "--max-wait", f"{MAX_WAIT_S:g}") as server:
         best = summarize(asyncio.run(_peak(server, 40 if short else 800)), Objective(ttft_s=SLO_TTFT_S))
         peak, rows = best["goodput_requests_per_s"], []

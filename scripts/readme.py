@@ -27,7 +27,10 @@ BENCH = ROOT / "benchmarks" / "results" / "train_cpu.json"
 ATTENTION = ROOT / "benchmarks" / "results" / "attention_cpu.json"
 PEERS = ROOT / "benchmarks" / "results" / "deepspeed_cpu.json"
 FAULTS = ROOT / "benchmarks" / "results" / "faults.json"
-SERVE = ROOT / "benchmarks" / "results" / "serve_cpu.json"
+SERVE = (
+    ROOT / "benchmarks" / "results" / "serve_cpu.json",
+    ROOT / "benchmarks" / "results" / "serve_cpu_amx.json",
+)
 BUBBLE = ROOT / "benchmarks" / "results" / "pipeline_bubble.json"
 _BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 _READY_S = 60.0
@@ -112,7 +115,9 @@ def main() -> None:
     markdown = paste(markdown, "attention", attention_table(json.loads(ATTENTION.read_text())))
     markdown = paste(markdown, "peers", peers_table(json.loads(PEERS.read_text())))
     markdown = paste(markdown, "faults", faults_table(json.loads(FAULTS.read_text())))
-    markdown = paste(markdown, "serve", serve_table(json.loads(SERVE.read_text())))
+    markdown = paste(
+        markdown, "serve", "\n".join(serve_table(json.loads(path.read_text())) for path in SERVE)
+    )
     markdown = paste(markdown, "bubble", bubble_table(json.loads(BUBBLE.read_text())))
     README.write_text(markdown)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import sys
 from functools import lru_cache
 from http import HTTPStatus
@@ -23,9 +24,11 @@ from muster.serve.failures import error_body
 from muster.serve.limits import Limits
 from muster.serve.outlet import Outlet
 
-EXPIRY_GAP_S = 0.002
-"""From one connection that is closed at its deadline to the next: each takes a tenth of that, with the one that its
-client opens instead."""
+CROWD = 100
+"""So many connections without a complete request have deadlines anywhere in the later half of the time that others
+have: what came at once is not due at once, each with the one that its client opens instead."""
+EXPIRY_GAP_S = 0.001
+"""From one connection that is closed at its deadline to the next, at least."""
 
 Phase = Literal["header", "body"]
 
@@ -177,7 +180,8 @@ class _GuardedProtocol(H11Protocol):
         self._stop(self._receipt_timer)
         if phase is not None and not self.transport.is_closing():
             limit_s = self.limits.header_s if phase == "header" else self.limits.body_s
-            self._receipt_timer = self.loop.call_later(limit_s, self._receipt_expired, phase, limit_s)
+            due_s = limit_s * random.uniform(0.5, 1) if len(self.expendable) > CROWD else limit_s
+            self._receipt_timer = self.loop.call_later(due_s, self._receipt_expired, phase, limit_s)
 
     def _phase(self) -> Phase | None:
         if self.conn.their_state is h11.SEND_BODY:
@@ -213,7 +217,9 @@ class _GuardedProtocol(H11Protocol):
         if not self._had_request() and not self._has_bytes():
             self.transport.close()  # nothing was ever sent: there is no request to answer
         else:
-            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the {phase} was not complete after {limit_s:g} s")
+            self._refuse(
+                HTTPStatus.REQUEST_TIMEOUT, f"the {phase} was not complete in time, at most {limit_s:g} s"
+            )
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
         """Answer with an error if no answer has begun, then close."""

@@ -16,6 +16,7 @@ _LINUX = sys.platform == "linux"
 _ALL = os.sched_getaffinity(0) if _LINUX else set[int]()
 """Where this process was started to run."""
 _UNKNOWN = -1
+_LATE_STEPS, _BEHIND = 64, 0.25
 
 this_core: Callable[[], int] = ctypes.CDLL(None).sched_getcpu if _LINUX else lambda: _UNKNOWN
 """The core that the calling thread runs on now."""
@@ -27,18 +28,25 @@ def on_all_cores() -> None:
 
 
 class Apart:
-    """Where the calling thread may run: on all cores but one, which now and then is another."""
+    """Where the calling thread may run: on all cores but one, which now and then is another; or on all, while it is
+    behind, as then it needs whatever it can get."""
 
     def __init__(self) -> None:
         self._left = _UNKNOWN
+        self._behind = 0.0
+        """How often it was, of late."""
 
-    def keep_off(self, core: int) -> None:
-        if core != self._left:
+    def heard(self, steps: int, core: int) -> None:
+        """Of so many steps at once, the last of them computed on `core`."""
+        self._behind += ((steps > 1) - self._behind) / _LATE_STEPS
+        if self._behind > _BEHIND and self._left != _UNKNOWN:
+            self.end()
+        elif core != self._left and self._behind < _BEHIND / 4:
             self._left = core
             _move(_ALL - {core})
 
     def end(self) -> None:
-        """Leave it all cores again."""
+        """Leave it all cores."""
         self._left = _UNKNOWN
         on_all_cores()
 

@@ -202,16 +202,19 @@ class ProcessEngine:
         """Of several steps, where this was behind: what goes to one stream then goes out at once."""
         items: list[Sequence[Any]] = []
         admitted: list[str] = []
+        steps, core = 0, -1
         for message in messages:
             if "items" in message:
                 items += message["items"]
                 admitted += message["admitted"]
                 self._stats = message["stats"]
-                self._apart.keep_off(message["core"])
+                steps, core = steps + 1, message["core"]
             elif "moved" in message:
                 self._moved(*message["moved"])
             else:
                 self._said = message["failed"]
+        if steps:
+            self._apart.heard(steps, core)
         self._streams.deliver(to_items(items), admitted)
 
     def _watch(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sysconfig
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,9 @@ def main() -> None:
             rows.append({"side": peer.name, "format": format} | compare(scores, exact, chunks))
             tell(rows[-1])
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"machine": machine(), "run": arguments.run.name, "rows": rows}, indent=1) + "\n"
-        )
+        about = {"machine": machine(), "date": date.today().isoformat(), "torch": torch.__version__}
+        result = about | {"run": arguments.run.name, "tokens": arguments.tokens, "rows": rows}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def tell(row: dict[str, Any]) -> None:

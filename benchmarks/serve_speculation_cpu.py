@@ -83,7 +83,7 @@ def main() -> None:
     if arguments.json:
         result = {"machine": machine(), "date": date.today().isoformat(), "torch": version("torch"),
                   "load": os.getloadavg()[0], "model": model.name, "parameters": spec.parameters(), "step": model.step,
-                  "draft_parameters": {draft: read_spec(Path(folder)).parameters()
+                  "draft_parameters": {Path(draft).name: read_spec(Path(folder)).parameters()
                                        for draft, folder in folders.items() if draft != NGRAM},
                   "prompts": arguments.prompts, "prompt_tokens": arguments.prompt_tokens,
                   "output_tokens": arguments.output_tokens, "goal": GOAL, "rows": rows}  # fmt: skip

@@ -22,7 +22,7 @@ import pytest
 from muster.errors import UsageError
 from muster.model.folder import load_folder
 from muster.serve.crossing import Outcome
-from muster.serve.engine.cores import on_all_cores
+from muster.serve.engine.cores import Apart, on_all_cores
 from muster.serve.engine.ear import Ear
 from muster.serve.engine.process import ProcessEngine
 from muster.serve.engine.wire import Wire, from_outcome, from_request, to_items, to_request
@@ -155,6 +155,23 @@ def test_http_keeps_off_the_core_of_the_engine_and_a_new_one_gets_all(engine: Pr
 
     asyncio.run(run())
     engine.close()
+    assert os.sched_getaffinity(0) == cores
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2,
+    reason="there is one core, or no saying which",
+)
+def test_http_has_all_cores_while_it_is_behind() -> None:
+    cores, apart = os.sched_getaffinity(0), Apart()
+    core = min(cores)
+    try:
+        for steps, times, expected in ((1, 1, cores - {core}), (3, 64, cores), (1, 400, cores - {core})):
+            for _ in range(times):
+                apart.heard(steps, core)
+            assert os.sched_getaffinity(0) == expected
+    finally:
+        apart.end()
     assert os.sched_getaffinity(0) == cores
 
 

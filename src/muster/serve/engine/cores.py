@@ -17,6 +17,7 @@ _ALL = os.sched_getaffinity(0) if _LINUX else set[int]()
 """Where this process was started to run."""
 _UNKNOWN = -1
 _LATE_STEPS, _BEHIND = 64, 0.25
+"""Over about so many steps, the share that came together with others from which on it is behind."""
 
 this_core: Callable[[], int] = ctypes.CDLL(None).sched_getcpu if _LINUX else lambda: _UNKNOWN
 """The core that the calling thread runs on now."""

@@ -8,10 +8,10 @@ from typing import Any
 import orjson
 
 from muster.serve.router.fleet import Fleet
+from muster.serve.router.probe import cards
 from muster.serve.router.upstream import Gone, Headers, Upstream
 
 PATH = "/v1/models"
-ANSWER_S = 5.0
 
 
 async def catalogue(fleet: Fleet, headers: Headers) -> bytes | None:
@@ -21,22 +21,12 @@ async def catalogue(fleet: Fleet, headers: Headers) -> bytes | None:
     if len(unlike) < 2:
         return None
     lists = await asyncio.gather(*(_cards(upstream, headers) for upstream in unlike.values()))
-    cards = {card["id"]: card for found in lists for card in found}
-    return orjson.dumps({"object": "list", "data": list(cards.values())}) if cards else None
+    listed = {card["id"]: card for found in lists for card in found}
+    return orjson.dumps({"object": "list", "data": list(listed.values())}) if listed else None
 
 
 async def _cards(upstream: Upstream, headers: Headers) -> list[dict[str, Any]]:
-    """What a replica says that it serves; nothing where it does not say."""
     try:
-        async with asyncio.timeout(ANSWER_S):
-            exchange = await upstream.send("GET", PATH, headers, b"")
-            try:
-                said = orjson.loads(await exchange.whole()) if exchange.status == 200 else None
-            finally:
-                exchange.close()
-    except (Gone, TimeoutError, ValueError):
+        return await cards(upstream, headers)
+    except (Gone, TimeoutError):
         return []
-    cards = said.get("data") if isinstance(said, dict) else None
-    return (
-        [card for card in cards if isinstance(card, dict) and "id" in card] if isinstance(cards, list) else []
-    )

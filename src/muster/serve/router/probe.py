@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from muster.serve.router.fleet import Fleet, Replica
-from muster.serve.router.upstream import Gone, Upstream
+from muster.serve.router.upstream import Gone, Headers, Upstream
 
 PROBE_S, ANSWER_S = 1.0, 5.0
 """Between probes, and how long an answer may take."""
@@ -62,14 +62,19 @@ async def _relays(upstream: Upstream) -> bool:
 
 async def _models(upstream: Upstream) -> frozenset[str]:
     """Names under which it answers: those of its model and its adapters."""
-    cards = (await _said(upstream, "/v1/models")).get("data")
-    names = [card.get("id") for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
-    return frozenset(name for name in names if isinstance(name, str))
+    return frozenset(card["id"] for card in await cards(upstream))
 
 
-async def _said(upstream: Upstream, path: str) -> dict[str, Any]:
+async def cards(upstream: Upstream, headers: Headers = ()) -> list[dict[str, Any]]:
+    """What it says that it serves; nothing where it does not say. Raises Gone and TimeoutError."""
+    found = (await _said(upstream, "/v1/models", headers)).get("data")
+    listed = found if isinstance(found, list) else []
+    return [card for card in listed if isinstance(card, dict) and isinstance(card.get("id"), str)]
+
+
+async def _said(upstream: Upstream, path: str, headers: Headers = ()) -> dict[str, Any]:
     """A JSON object; empty for anything else."""
-    status, content = await _get(upstream, path)
+    status, content = await _get(upstream, path, headers)
     try:
         said = orjson.loads(content)
     except ValueError:
@@ -77,9 +82,9 @@ async def _said(upstream: Upstream, path: str) -> dict[str, Any]:
     return said if status == 200 and isinstance(said, dict) else {}
 
 
-async def _get(upstream: Upstream, path: str) -> tuple[int, bytes]:
+async def _get(upstream: Upstream, path: str, headers: Headers = ()) -> tuple[int, bytes]:
     async with asyncio.timeout(ANSWER_S):
-        exchange = await upstream.send("GET", path, [], b"")
+        exchange = await upstream.send("GET", path, headers, b"")
         try:
             return exchange.status, await exchange.whole()
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import select
@@ -94,6 +95,15 @@ def test_a_reset_is_one_at_both_ends(
             end.recv(1)
     with socket.create_connection(("127.0.0.1", line.port)):
         pass  # who comes again is let in
+
+
+def test_who_comes_while_it_closes_is_not_left_open() -> None:
+    for _ in range(20):  # what is left open is a warning where it is collected, and warnings are errors
+        with Switchboard() as board, socket.create_server(("127.0.0.1", 0)) as server:
+            line = board.line(("127.0.0.1", server.getsockname()[1]), who="test", what="server")
+            with socket.create_connection(("127.0.0.1", line.port)):
+                pass
+    gc.collect()
 
 
 def sums_by_lines(lines: str, port: int) -> tuple[list[float], bool]:

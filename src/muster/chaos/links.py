@@ -114,9 +114,13 @@ class Switchboard:
         self._servers.append(await asyncio.start_unix_server(self._ask, self.address))
 
     async def _close(self) -> None:
+        # Who is on the doorstep is let in first: of a server that has closed, asyncio would leave their sockets open.
+        for server in self._servers:
+            for listener in server.sockets:
+                self._loop.remove_reader(listener.fileno())
+        await _turns()
         for server in self._servers:
             server.close()
-        await _turns()  # who is just being let in
         for line in list(self.lines):
             self._break(line)
         for asking in self._asking:
@@ -132,7 +136,7 @@ class Switchboard:
 
     async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._asking.add(writer)
-        with contextlib.suppress(ConnectionError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError):
             asked = json.loads(await reader.readline())
             line = Line(str(asked["who"]), str(asked["what"]), (str(asked["host"]), int(asked["port"])))
             addresses = _Addresses(self) if asked["what"].endswith("store") else None

@@ -13,7 +13,7 @@ import torch
 from muster.model.transformer import Transformer
 from muster.serve.engine.core import Core
 from muster.serve.engine.network import TransformerNetwork
-from muster.serve.engine.speculation import Asked, Gain
+from muster.serve.engine.speculation import Asked
 from muster.serve.engine.thread import ThreadEngine
 from muster.serve.protocol import EngineError, Guide, Overloaded, Request, SamplingParams, Token
 
@@ -322,18 +322,6 @@ def test_penalties_do_not_depend_on_the_batch_and_bans_hold(
     plain, alone, crowd = asyncio.run(run())
     assert plain != alone == crowd
     assert all(id % 2 for id in alone if id < 256)
-
-
-@pytest.mark.parametrize("pays", [True, False])
-def test_guessing_goes_on_only_where_it_pays(pays: bool) -> None:
-    gain, on = Gain(), []
-    for _ in range(2000):
-        guessed = gain.guesses(4)
-        on.append(guessed)
-        with_guesses = 0.015 if pays else 0.03  # twice the tokens in 1.5 or 3 times the time
-        gain.record(4, guessed, tokens=8 if guessed else 4, seconds=with_guesses if guessed else 0.01)
-    share = sum(on[500:]) / len(on[500:])
-    assert share > 0.9 if pays else share < 0.1
 
 
 class Poisonous:

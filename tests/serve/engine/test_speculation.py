@@ -46,6 +46,18 @@ def test_a_guess_costs_the_tokens_of_its_time() -> None:
     assert gain.price(8) == FREE, "other numbers of sequences have costs of their own"
 
 
+@pytest.mark.parametrize("pays", [True, False])
+def test_guessing_goes_on_only_where_it_pays(pays: bool) -> None:
+    gain, on = Gain(), []
+    for _ in range(2000):
+        guessed = gain.guesses(4)
+        on.append(guessed)
+        with_guesses = 0.015 if pays else 0.03  # twice the tokens in 1.5 or 3 times the time
+        gain.record(4, guessed, tokens=8 if guessed else 4, seconds=with_guesses if guessed else 0.01)
+    share = sum(on[500:]) / len(on[500:])
+    assert share > 0.9 if pays else share < 0.1
+
+
 def test_the_text_guesses_as_far_as_it_pays() -> None:
     text = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 5, 6]
     assert NgramDrafter().propose([asked(text)]) == {"a": text[2 : 2 + GUESSES]}

@@ -14,22 +14,12 @@ from typing import Any
 import pytest
 
 from muster.cli import main
-from muster.resilience.forked import free_port
+from muster.resilience.forked import PRELOADED, free_port
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-_PRELOAD = [
-    "torch",
-    "torch.distributed",
-    "torch.distributed.fsdp",
-    "torch.distributed.pipelining",
-    "torch.distributed.tensor",
-    "torch.distributed.checkpoint",
-    "torch._dynamo",
-    "muster.train.entry",
-]
 _DEADLINE_S = 120.0
 
 RunRanks = Callable[..., list[Any]]
@@ -44,7 +34,7 @@ def run_ranks() -> RunRanks:
     with `muster.parallel.world.join`. The first rank's traceback is the test's.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(["tests.conftest", "tests.toy", *PRELOADED])
 
     def run(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         port = free_port()

@@ -18,7 +18,7 @@ from typing import Any
 
 from muster.errors import TrainingError
 
-_PRELOADED = ["muster.train.verify", "torch._dynamo"]
+PRELOADED = ["muster.train.preloaded"]
 _POLL_S = 0.02
 
 
@@ -27,7 +27,7 @@ class ForkedRanks:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOADED)
+        self._context.set_forkserver_preload(PRELOADED)
 
     def run(
         self, ranks: int, work: Callable[..., None], *arguments: Any, errors: Path, timeout_s: float

@@ -11,6 +11,7 @@ ranks. It never touches a GPU, whose driver does not survive a fork.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -24,13 +25,7 @@ from typing import Any
 
 from muster.resilience.lifeline import die_with_parent, name_process
 
-_PRELOADED = (
-    "muster.train.entry",
-    "muster.cli.train",
-    "muster.config.load",
-    "torch._dynamo",
-    "torch.distributed.pipelining",
-)
+_PRELOADED = ("muster.train.preloaded",)
 
 
 def main(descriptor: int, preloaded: Sequence[str]) -> None:
@@ -38,6 +33,7 @@ def main(descriptor: int, preloaded: Sequence[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in preloaded or _PRELOADED:
         importlib.import_module(name)
+    gc.freeze()  # a rank's collections neither look through what is here nor, by that, copy its pages
     with socket.socket(fileno=descriptor) as agent:
         _serve(agent)
 

@@ -1,4 +1,5 @@
-"""What ranks are forked with: imported once, by the process that forks them, so that none does it again."""
+"""What ranks that train are forked with: imported once, by the process that forks them (`resilience/zygote.py`,
+`resilience/forked.py`), so that none does it again."""
 
 from __future__ import annotations
 
@@ -22,6 +23,8 @@ for _name in (
     "torch.distributed.pipelining",
     "torch.distributed.tensor",
     "torch._dynamo",
+    "muster.cli.train",
+    "muster.config.load",
     "muster.train.entry",
     "muster.train.verify",
 ):
@@ -30,5 +33,5 @@ for _name in (
 for _name, _module in list(sys.modules.items()):
     if _name.startswith(_TRACED) and getattr(_module, "__file__", None):
         linecache.getlines(str(_module.__file__))
-# A rank's collections neither look through what is here nor, by that, copy its pages: half of its page faults.
+# A rank's collections neither look through all this nor, by that, copy its pages: half of its page faults.
 gc.freeze()

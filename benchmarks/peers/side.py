@@ -292,8 +292,10 @@ def _rate(answer: Answer, from_s: float, to_s: float) -> float:
     arrived_s = answer.arrived_s
     step_s = (arrived_s[-1] - arrived_s[0]) / max(len(arrived_s) - 1, 1)
     inside = [at for at in arrived_s if from_s - step_s / 2 <= at <= to_s + step_s / 2]
-    if len(inside) < 2:
+    if not inside or inside[0] == inside[-1]:
         inside = list(arrived_s)
     if len(inside) < 2:
         raise Failed(f"{answer.output_tokens} tokens came in one piece: ask for more")
-    return answer.output_tokens / len(arrived_s) * (len(inside) - 1) / (inside[-1] - inside[0])
+    # Pieces that were read at once have one time; where all were, the answer's rate is at least this.
+    span_s = inside[-1] - inside[0] or inside[-1] - answer.sent_s
+    return answer.output_tokens / len(arrived_s) * (len(inside) - 1) / span_s

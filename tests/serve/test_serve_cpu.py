@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.peers.side import Answer, figures
+from benchmarks.peers.side import Answer, Failed, figures
 
 REPOSITORY = Path(__file__).parents[2]
 BENCHMARK = REPOSITORY / "benchmarks" / "serve_cpu.py"
@@ -49,6 +50,13 @@ def test_rates_leave_out_what_was_not_at_the_same_time() -> None:
     assert found["decode_tokens_per_s"] == pytest.approx(20.0)
     assert found["prefill_tokens_per_s"] == pytest.approx(200.0)
     assert found["output_tokens_per_s"] == pytest.approx(10 / 0.9)
+
+
+def test_what_is_read_at_once_has_a_rate() -> None:
+    at_once = Answer(sent_s=0.0, arrived_s=(0.5,) * 5, ended_s=0.5, prompt_tokens=50, output_tokens=5)
+    assert figures([at_once])["decode_tokens_per_s"] == pytest.approx(4 / 0.5)
+    with pytest.raises(Failed, match="5 tokens came in one piece"):
+        figures([replace(at_once, arrived_s=(0.5,))])
 
 
 @pytest.mark.long

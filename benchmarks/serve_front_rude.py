@@ -27,7 +27,7 @@ SLOWLORIS_BAR, FREED_BAR_S = 1.1, 1.0
 
 def measure_slowloris(folder: Path, short: bool) -> dict[str, Any]:
     """Phases with the crowd and without, in turn, so that what else the machine does is in both."""
-    crowd, rounds, phase_s = (100, 1, 3.0) if short else (1000, 3, 11.0)
+    crowd, rounds, phase_s = (100, 1, 3.0) if short else (1000, 5, 11.0)
     latency_s: dict[bool, list[float]] = {True: [], False: []}
     ended, late = list[float](), list[float]()
     with serving(folder, "--streams", "8") as server:

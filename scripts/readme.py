@@ -31,6 +31,7 @@ SERVE = (
     ROOT / "benchmarks" / "results" / "serve_cpu.json",
     ROOT / "benchmarks" / "results" / "serve_cpu_amx.json",
 )
+DEMO = ROOT / "build" / "demo.log"
 BUBBLE = ROOT / "benchmarks" / "results" / "pipeline_bubble.json"
 _BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 _READY_S = 60.0
@@ -96,6 +97,8 @@ def _split(part: str) -> tuple[str, str]:
 
 
 def main() -> None:
+    if not DEMO.exists():
+        sys.exit(f"{DEMO} is not there: make it with `make demo | tee {DEMO.relative_to(ROOT)}`")
     markdown = README.read_text()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         fresh = []
@@ -110,7 +113,7 @@ def main() -> None:
             fresh.append(lines)
     replacements = iter(fresh)
     markdown = _BLOCK.sub(lambda _: f"```console\n{next(replacements)}```", markdown)
-    markdown = paste(markdown, "demo", demo_excerpt((ROOT / "build" / "demo.log").read_text()))
+    markdown = paste(markdown, "demo", demo_excerpt(DEMO.read_text()))
     markdown = paste(markdown, "bench", bench_table(json.loads(BENCH.read_text())))
     markdown = paste(markdown, "attention", attention_table(json.loads(ATTENTION.read_text())))
     markdown = paste(markdown, "peers", peers_table(json.loads(PEERS.read_text())))

@@ -33,7 +33,7 @@ _TICK_S = 0.05
 _FAREWELL_S = 5.0
 """How long the server waits for the agents to hear the end."""
 _CONNECT_S = 5.0
-_BEAT_S = 2.0
+BEAT_S = 2.0
 SILENCE_S = 30.0
 """Long enough for an agent that waits until torch is loaded."""
 
@@ -83,7 +83,7 @@ class Link:
         now = time.monotonic()
         if now - self._heard > SILENCE_S and not self._local:
             raise Closed
-        if now - self._said > _BEAT_S and not self._local:
+        if now - self._said > BEAT_S and not self._local:
             self.send({"type": "beat"})
 
     def read(self) -> list[Message]:

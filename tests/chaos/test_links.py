@@ -93,8 +93,11 @@ def test_a_reset_is_one_at_both_ends(
     for end in (near, far):
         with pytest.raises(ConnectionResetError):
             end.recv(1)
+    until_s = time.monotonic() + 20
     with socket.create_connection(("127.0.0.1", line.port)):
-        pass  # who comes again is let in
+        while line.connections < 2:
+            assert time.monotonic() < until_s, "who comes again is let in"
+            time.sleep(0.01)
 
 
 def test_who_comes_while_it_closes_is_not_left_open() -> None:

@@ -33,5 +33,5 @@ for _name in (
 for _name, _module in list(sys.modules.items()):
     if _name.startswith(_TRACED) and getattr(_module, "__file__", None):
         linecache.getlines(str(_module.__file__))
-# A rank's collections neither look through all this nor, by that, copy its pages: half of its page faults.
+# A rank's collections neither look through all this nor, by that, copy its pages.
 gc.freeze()
